@@ -1,0 +1,1 @@
+"""Floor 6: verbs, one file each. No maths here."""

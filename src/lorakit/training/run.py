@@ -1,0 +1,223 @@
+"""A run folder: made, locked, trained into, finished, and resumed.
+
+RUN/recipe.yaml      as resolved; with it `resume` needs nothing else
+RUN/manifest.json    versions and fingerprints of data, base and template
+RUN/events.jsonl     one line a step
+RUN/checkpoints/     whole states
+RUN/adapter/         the result (RUN/model/ for full fine-tuning)
+RUN/loss.png, RUN/summary.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.data.dataset import stop_tokens
+from lorakit.errors import LorakitError
+from lorakit.recipes.load import dump_recipe, read_yaml
+from lorakit.recipes.schema import Recipe, build_recipe
+from lorakit.store.files import friendly_io, new_folder, read_json, write_json
+from lorakit.training.events import EventLog, make_sinks, read_events
+from lorakit.training.loop import Loop, Watcher
+from lorakit.training.plot import plot_losses
+from lorakit.training.prepare import Prepared, versions
+
+RECIPE, MANIFEST, EVENTS, SUMMARY = "recipe.yaml", "manifest.json", "events.jsonl", "summary.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    result: Path
+    model: Any
+    summary: dict[str, Any]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process in a run folder at a time; the lock goes with the process, however it ends."""
+    with friendly_io(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LorakitError(f"{folder}: another process is training into this folder") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_resumable(folder: Path) -> bool:
+    """Whether a folder holds a run that was begun and not finished."""
+    return (folder / RECIPE).exists() and not (folder / SUMMARY).exists() and any(folder.glob("checkpoints/step-*"))
+
+
+def claim(folder: Path, overwrite: bool = False) -> None:
+    """Make sure a new run does not write over another one.
+
+    Raises:
+        LorakitError: the folder holds a run, or other files.
+    """
+    if not folder.exists():
+        return
+    if (folder / RECIPE).exists():
+        begun = (folder / SUMMARY).exists() or any(folder.glob("checkpoints/step-*"))
+        if overwrite or not begun:  # a run that died before its first checkpoint is no loss
+            shutil.rmtree(folder)
+            return
+        how = f"continue it with: lorakit resume {folder}" if is_resumable(folder) else "it is finished"
+        raise LorakitError(f"{folder} already holds a run ({how}). Give another output_dir, or --overwrite")
+    if folder.is_file() or any(p.name != ".lock" for p in folder.iterdir()):
+        raise LorakitError(
+            f"{folder} exists and is not a run folder; nothing in it was touched. Give another output_dir"
+        )
+
+
+def stored_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run that can be resumed.
+
+    Raises:
+        LorakitError: no run there, finished, or without a checkpoint.
+    """
+    if not (folder / RECIPE).exists():
+        raise LorakitError(f"{folder} is not a run folder (it has no {RECIPE})")
+    if (folder / SUMMARY).exists():
+        raise LorakitError(f"{folder} is finished; there is nothing to resume. Its result is in {folder}/adapter")
+    if not any(folder.glob("checkpoints/step-*")):
+        raise LorakitError(f"{folder} has no checkpoint yet; start it again with --overwrite")
+    return build_recipe(read_yaml(folder / RECIPE), str(folder / RECIPE))
+
+
+def _manifest(prepared: Prepared) -> dict[str, Any]:
+    info = getattr(prepared.model, "base_info", None)
+    return {
+        "versions": versions(),
+        "base": None
+        if info is None
+        else {"name": info.name, "revision": info.revision, "fingerprint": info.fingerprint},
+        "data": {
+            "source": prepared.recipe.data,
+            "format": prepared.data.form.describe(),
+            "rows": len(prepared.data.rows),
+            "fingerprint": prepared.data.fingerprint(),
+            "held_out": prepared.held_out.fingerprint() if prepared.held_out else None,
+        },
+        "template": {"origin": prepared.template.origin, "sha256": prepared.template.sha256},
+    }
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    """A resumed run has to see what it saw before."""
+    for what, path in (("data", ("data", "fingerprint")), ("held-out data", ("data", "held_out")),
+                       ("chat template", ("template", "sha256")), ("base", ("base", "fingerprint"))):  # fmt: skip
+        a, b = old.get(path[0]) or {}, new.get(path[0]) or {}
+        if a.get(path[1]) != b.get(path[1]):
+            raise LorakitError(
+                f"{folder}: the {what} has changed since the run began ({str(a.get(path[1]))[:12]} then, "
+                f"{str(b.get(path[1]))[:12]} now); resuming would not be the same run. Start a new one"
+            )
+
+
+def execute(prepared: Prepared, folder: Path, watcher: Watcher, resume: bool = False) -> Run:
+    """Train a prepared run in its folder, from the start or from its newest whole checkpoint.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
+        LorakitError: see `Loop.run`; also changed data or base on resuming.
+    """
+    recipe = prepared.recipe
+    manifest = _manifest(prepared)
+    with locked(folder):
+        if resume:
+            _check_same(read_json(folder / MANIFEST), manifest, folder)
+        else:
+            with friendly_io(folder):
+                (folder / "checkpoints").mkdir(exist_ok=True)
+                (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+            write_json(folder / MANIFEST, manifest)
+        loop = Loop(
+            prepared.model, prepared.scorer, prepared.data.rows, prepared.held_out.rows if prepared.held_out else (),
+            recipe, folder / "checkpoints", watcher,
+        )  # fmt: skip
+        if not resume:
+            torch.manual_seed(recipe.seed)
+        else:
+            loop.progress, notes = loop.checkpoints.restore()
+            for note in notes:
+                watcher.note(note)
+        log = EventLog(
+            folder / EVENTS,
+            loop.progress.step if resume else None,
+            make_sinks(recipe.report_to, folder, recipe.model_dump(mode="json")),
+        )
+        try:
+            loop.run(log)
+            log.write("end", loop.progress.step)
+        finally:
+            log.close()
+        return _finish(prepared, loop, folder)
+
+
+def _finish(prepared: Prepared, loop: Loop, folder: Path) -> Run:
+    progress = loop.progress
+    model = prepared.model
+    if prepared.recipe.method == "full":
+        result = _save_model(model, folder / "model", prepared)
+    else:
+        model.describe(**_record(prepared))
+        result = model.save(folder / "adapter", template=prepared.template.chat)
+    plot_losses(read_events(folder / EVENTS), folder / "loss.png")
+    weights = list(result.rglob("*.safetensors"))
+    summary = {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "loss_tokens": progress.loss_tokens,
+        "seconds": round(progress.seconds, 3),
+        "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else None,
+        "peak_memory_bytes": progress.peak_memory_bytes,
+        "train_loss": round(sum(progress.last_losses) / len(progress.last_losses), 6) if progress.last_losses else None,
+        "eval_loss": progress.best_loss,
+        "best_step": progress.best_step,
+        "stopped_early": progress.stopped_early,
+        "trainable_parameters": prepared.trainable,
+        "bytes": sum(p.stat().st_size for p in weights),
+    }
+    write_json(folder / SUMMARY, summary)
+    return Run(folder, result, model, summary)
+
+
+def _record(prepared: Prepared) -> dict[str, Any]:
+    """What `lorakit.json` tells beyond PEFT's config."""
+    return {
+        "template": {"origin": prepared.template.origin, "sha256": prepared.template.sha256},
+        "data_fingerprint": prepared.data.fingerprint(),
+        "stop_token_ids": stop_tokens(prepared.model, prepared.data),
+    }
+
+
+def _save_model(model: Any, folder: Path, prepared: Prepared) -> Path:
+    """A whole model with its tokenizer, in the precision its config names."""
+    with new_folder(folder) as scratch:
+        dtype = model.config.dtype
+        if prepared.recipe.precision == "bf16" or prepared.recipe.weights == "random":
+            dtype = torch.bfloat16
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        keep, model.config.dtype = model.config.dtype, dtype
+        model.save_pretrained(scratch, state_dict=state)
+        model.config.dtype = keep
+        tokenizer = model.tokenizer
+        tokenizer.save_pretrained(scratch)
+    return folder
