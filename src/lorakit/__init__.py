@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lorakit.adapters.methods import DoRA as DoRA
     from lorakit.adapters.methods import Full as Full
     from lorakit.adapters.methods import LoRA as LoRA
     from lorakit.adapters.route import Route as Route
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lorakit.training.api import train as train
 
 _WHERE = {
+    "DoRA": "adapters.methods",
     "Full": "adapters.methods",
     "LoRA": "adapters.methods",
     "LorakitError": "errors",

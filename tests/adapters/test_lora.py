@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lorakit
-from lorakit.adapters.methods.lora import initial
+from lorakit.adapters.initial import initial
 from lorakit.errors import LorakitError
 from tests.models import embedding, ids, make, output, randomise, targets
 
@@ -74,7 +74,7 @@ def test_initial_values_depend_on_seed_and_path_alone() -> None:
     assert torch.equal(few.tensors[path]["lora_A"], many.tensors[path]["lora_A"])
     assert not torch.equal(few.tensors[path]["lora_A"], other.tensors[path]["lora_A"])
     plan = next(m for m in many.plan.modules if m.path == path)
-    a = initial(plan, 0)["lora_A"]
+    a = initial(plan, 0, "uniform", torch.empty(plan.out_features, plan.in_features))["lora_A"]
     assert a.abs().max() <= 1 / math.sqrt(plan.in_features)
     assert a.std() == pytest.approx(1 / math.sqrt(3 * plan.in_features), rel=0.2)
 

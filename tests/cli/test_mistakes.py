@@ -216,7 +216,8 @@ class TestAdapter:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"use_dora": True}, "use_dora is set"),
+            ({"use_dora": True}, "needed are lora_A, lora_B, magnitude"),
+            ({"lora_bias": True}, "lora_bias is set"),
             ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
             ({"init_lora_weights": "pissa"}, "PEFT changes the base itself"),
             ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
@@ -248,7 +249,7 @@ class TestAdapter:
             tensors[key] = tensors[key][:, :-1].contiguous()
         save_file(tensors, weights, metadata={"format": "pt"})
         said = {
-            "missing layer": "have no tensors", "half a pair": "has only lora_B", "unknown key": "unknown tensor",
+            "missing layer": "have no tensors", "half a pair": "has lora_B; needed are lora_A, lora_B", "unknown key": "unknown tensor",
             "not finite": "not finite", "shape": "another base",
         }[damage]  # fmt: skip
         refused(self.ask(run_cli, adapter, "--model", small_model), said)

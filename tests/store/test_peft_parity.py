@@ -25,6 +25,8 @@ VARIANTS = {
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": 2, "alpha_pattern": 24},
     "embedding": {"embedding": True},
+    "dora": {"use_dora": True},
+    "dora embedding": {"use_dora": True, "embedding": True, "use_rslora": True},
 }
 
 
@@ -62,8 +64,13 @@ def by_hand(base: torch.nn.Module, folder, tokens: torch.Tensor) -> torch.Tensor
         update = scale * b.double() @ a.double()
         module = model.get_submodule(path)
         transposed = "embedding" in key or type(module).__name__ == "Conv1D"
-        weight = module.weight.detach().double() + (update.T if transposed else update)
-        module.weight = torch.nn.Parameter(weight.float())  # untied from the head on purpose
+        weight = module.weight.detach().double()
+        weight = (weight.T if transposed else weight) + update
+        if config["use_dora"]:
+            magnitude = tensors[f"base_model.model.{path}.lora_magnitude_vector"].double()
+            weight = (magnitude / weight.norm(dim=1))[:, None] * weight
+        weight = (weight.T if transposed else weight).float().contiguous()
+        module.weight = torch.nn.Parameter(weight)  # untied from the head on purpose
     return output(model, tokens)
 
 
@@ -94,7 +101,8 @@ def test_lorakit_to_peft(family: str, variant: str, tmp_path) -> None:
     options = arguments(family, variant)
     base = make(family)
     tokens = ids()
-    ours = lorakit.attach(copy.deepcopy(base), lorakit.LoRA(rank=4, alpha=8, targets=options.pop("names"), **options))
+    method = lorakit.DoRA if options.pop("use_dora", False) else lorakit.LoRA
+    ours = lorakit.attach(copy.deepcopy(base), method(rank=4, alpha=8, targets=options.pop("names"), **options))
     randomise(ours)
     ours.save(tmp_path / "adapter")
     with torch.no_grad():

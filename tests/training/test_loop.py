@@ -49,10 +49,16 @@ class Notes(Stopper):
         super().__init__(-1)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "dora", "pissa", "lora+"])
 def test_a_resumed_run_is_the_same_run_bit_for_bit(small_model, rows_file, tmp_path, method: str) -> None:
     """12 steps = 5 + 7 with dropout, evaluations and checkpoints in between; Ctrl-C at the fifth."""
-    settings = {"dropout": 0.1, "keep_best": False} if method == "lora" else {"method": "full", "lr": 1e-3}
+    settings = {
+        "lora": {"dropout": 0.1, "keep_best": False},
+        "full": {"method": "full", "lr": 1e-3},
+        "dora": {"method": "dora"},
+        "pissa": {"init": "pissa"},
+        "lora+": {"lr_b_ratio": 8.0},
+    }[method]
     given = recipe(small_model, rows_file, **settings)
     whole = execute(prepare(given), tmp_path / "whole", SilentWatcher())
     with pytest.raises(Interrupted) as stopped:
@@ -92,7 +98,7 @@ def test_accumulation_gives_the_same_gradients(small_model, rows_file, tmp_path)
             assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "full"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "full"])
 def test_it_learns(small_model, rows_file, tmp_path, method: str) -> None:
     rate = 1e-2 if method == "full" else 2e-2
     given = recipe(
@@ -210,6 +216,18 @@ def test_one_process_a_folder(small_model, rows_file, tmp_path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(LorakitError, match="another process"):
             execute(prepare(recipe(small_model, rows_file)), tmp_path / "run", SilentWatcher())
+
+
+def test_lora_plus_gives_b_its_own_rate(small_model, rows_file, tmp_path) -> None:
+    """AdamW's first step has the size of the rate: B moves `lr_b_ratio` times as far as A would."""
+    moved = {}
+    for ratio in (1.0, 16.0):
+        given = recipe(small_model, rows_file, steps=1, lr=1e-4, lr_b_ratio=ratio, keep_best=False, warmup_ratio=0)
+        run = execute(prepare(given), tmp_path / f"{ratio}", SilentWatcher())
+        tensors_ = run.model.adapter().tensors["model.layers.0.mlp.up_proj"]
+        moved[ratio] = float(tensors_["lora_B"].abs().max())
+    assert moved[1.0] == pytest.approx(1e-4, rel=0.05)
+    assert moved[16.0] == pytest.approx(16e-4, rel=0.05)
 
 
 def test_the_schedule() -> None:

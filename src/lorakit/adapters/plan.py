@@ -76,7 +76,11 @@ class Adapter:
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
     record: Mapping[str, object]
 
-    def delta(self, path: str) -> torch.Tensor:
-        """ΔW of one module in fp32, shape (out_features, in_features)."""
+    def delta(self, path: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """ΔW of one module in fp32, shape (out_features, in_features).
+
+        Args:
+            weight: the target's, (out_features, in_features); needed where ΔW depends on it (DoRA).
+        """
         module = next(m for m in self.plan.modules if m.path == path)
-        return self.plan.method.delta(module, self.tensors[path])
+        return self.plan.method.delta(module, self.tensors[path], weight)

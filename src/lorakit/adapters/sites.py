@@ -42,11 +42,12 @@ class Site(nn.Module):
         pieces.append(flat_y[end:])
         return torch.cat(pieces).view_as(y)
 
-    def _mix(self, x: torch.Tensor, y: torch.Tensor, mix: Mix) -> torch.Tensor:
+    def _mix(self, x: torch.Tensor, base: torch.Tensor, mix: Mix) -> torch.Tensor:
+        y = base
         for name, weight in mix.items():
             # An adapter need not have a tensor on every site that another one has.
             if name in self.adapter_states:
-                y = self.adapter_states[name](x, y, weight)
+                y = self.adapter_states[name](x, base, y, weight)
         return y
 
 

@@ -39,10 +39,13 @@ class Recipe(BaseModel):
     max_rows: int | None = Field(None, ge=1, description="use only the first rows of the file")
 
     # method
-    method: Literal["lora", "rslora", "full"] = Field("lora", description="lora, rslora, or full fine-tuning")
+    method: Literal["lora", "rslora", "dora", "full"] = Field(
+        "lora", description="lora, rslora, dora, or full fine-tuning"
+    )
     rank: int | None = Field(None, ge=1, description="inner width of the adapter")
     alpha: float = Field(32.0, gt=0, description="scale is alpha/rank (rslora: alpha/sqrt(rank))")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
+    init: Literal["uniform", "gaussian", "pissa", "olora"] = Field("uniform", description="where A and B begin")
     targets: str | list[str] = Field("all-linear", description="modules that get an adapter")
     exclude: list[str] = Field([], description="modules taken out of the targets")
     rank_pattern: dict[str, int] = Field({}, description="rank by pattern of module path")
@@ -55,6 +58,7 @@ class Recipe(BaseModel):
     grad_accum: int = Field(1, ge=1, description="forward passes a step is cut into; gradients stay the same")
     micro_tokens: int = Field(16384, ge=64, description="tokens of one forward pass at most")
     lr: float | None = Field(None, gt=0, description="peak learning rate")
+    lr_b_ratio: float = Field(1.0, gt=0, description="the rate of B over that of A (LoRA+: about 16)")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="after the warm-up")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="where linear and cosine end, as a share of lr")
@@ -120,6 +124,7 @@ ALIASES: dict[str, str] = {
     "finetuning_type": "method", "save_total_limit": "keep", "early_stopping_patience": "patience",
     "chat_template": "template", "out": "output_dir", "output": "output_dir", "optim": "optimizer",
     "adapter": "method", "max_samples": "max_rows", "torch_dtype": "precision", "dtype": "precision",
+    "loraplus_lr_ratio": "lr_b_ratio",
 }  # fmt: skip
 
 _VALUES: dict[str, dict[str, str]] = {
@@ -139,6 +144,8 @@ def _special(key: str, value: Any) -> tuple[str | None, Any, str] | None:
         return "loss", "all" if truth else "auto", f"loss: {'all' if truth else 'auto'}"
     if key in ("completion_only_loss", "assistant_only_loss"):
         return "loss", "auto" if truth else "all", f"loss: {'auto' if truth else 'all'}"
+    if key == "use_dora":
+        return ("method", "dora", "method: dora") if truth else (None, None, "dropped: it is off by default")
     if key == "use_rslora":
         return ("method", "rslora", "method: rslora") if truth else (None, None, "dropped: it is off by default")
     if key in ("bf16", "fp16") and truth:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lorakit.adapters.methods.lora import LoRA
+from lorakit.adapters.methods.dora import DoRA
+from lorakit.adapters.methods.lora import LoRA, as_plain
 from lorakit.adapters.plan import Adapter, AdapterPlan, ModulePlan
 from lorakit.adapters.targets import pattern_value
 from lorakit.errors import LorakitError, did_you_mean
@@ -27,10 +28,10 @@ _HARMLESS = {
     "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
     "eva_config", "loftq_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
-_USED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+_USED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
 # Where one of these is set, the adapter means something that this version does not compute.
 _REFUSED = {
-    "use_dora": "DoRA", "lora_bias": "a bias on B", "modules_to_save": "whole trained modules",
+    "lora_bias": "a bias on B", "modules_to_save": "whole trained modules",
     "trainable_token_indices": "trained token rows", "target_parameters": "expert parameters",
     "layer_replication": "replicated layers", "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA",
     "megatron_config": "Megatron layers", "arrow_config": "Arrow routing", "alora_invocation_tokens": "aLoRA",
@@ -39,10 +40,10 @@ _REFUSED = {
 # These initial values are kept by changing the base, which PEFT redoes on loading.
 _BASE_CHANGING = {"pissa", "olora", "corda", "loftq", "lora_ga"}
 
-_SUFFIXES = {
-    "lora_A.weight": "lora_A", "lora_B.weight": "lora_B",
-    "lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B",
-}  # fmt: skip
+# Our tensor names → PEFT's, for layers that multiply and for embeddings.
+_MULTIPLIED = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_LOOKED_UP = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B", "magnitude": "lora_magnitude_vector"}
+_SUFFIXES = {suffix: ours for table in (_MULTIPLIED, _LOOKED_UP) for ours, suffix in table.items()}
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -100,7 +101,8 @@ def from_peft(
                 raise LorakitError(
                     f"{where}/adapter_config.json: {field}: {key!r} is no regular expression: {error}"
                 ) from None
-    method = LoRA(
+    family = DoRA if config.get("use_dora") else LoRA
+    method = family(
         rank=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
         targets=_targets(config.get("target_modules")),
@@ -128,8 +130,9 @@ def from_peft(
 
     modules = []
     for path, pair in pairs.items():
-        if set(pair) != {"lora_A", "lora_B"}:
-            raise LorakitError(f"{where}: {path} has only {', '.join(pair)}; a pair of lora_A and lora_B is needed")
+        needed = {"lora_A", "lora_B"} | ({"magnitude"} if family is DoRA else set())
+        if set(pair) != needed:
+            raise LorakitError(f"{where}: {path} has {', '.join(pair)}; needed are {', '.join(sorted(needed))}")
         a, b = pair["lora_A"], pair["lora_B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise LorakitError(
@@ -165,15 +168,18 @@ def to_peft(
     """(config, tensors) as PEFT 0.21 would have written them.
 
     Args:
-        adapter: a LoRA.
+        adapter: of the LoRA family. One that begins inside W (PiSSA, OLoRA) is written as a plain LoRA of
+            twice the rank, so that the base it is loaded on need not be changed.
         all_paths: every module path of the base, to shorten the list of targets safely.
         base_name: for `base_model_name_or_path`.
         task_type: ``"CAUSAL_LM"``, or None for a bare model; then
         base_class: is its (class, module), which PEFT needs to load it by itself.
     """
+    if not isinstance(adapter.plan.method, LoRA):
+        raise LorakitError(f"PEFT's LoRA format cannot hold the method {adapter.plan.method.name!r}")
+    adapter = as_plain(adapter)
     method = adapter.plan.method
-    if not isinstance(method, LoRA):
-        raise LorakitError(f"PEFT's LoRA format cannot hold the method {method.name!r}")
+    assert isinstance(method, LoRA)
     modules = adapter.plan.modules
     # Exact, anchored keys: PEFT sorts the patterns when it saves them, so overlapping ones of the
     # user's would come back in another order and change the scale.
@@ -197,18 +203,14 @@ def to_peft(
         "rank_pattern": ranks,
         "target_modules": short_targets([m.path for m in modules], all_paths),
         "task_type": task_type,
-        "use_dora": False,
+        "use_dora": isinstance(method, DoRA),
         "use_rslora": method.use_rslora,
     }
     tensors = {}
     for module in modules:
-        names = (
-            ("lora_embedding_A", "lora_embedding_B")
-            if module.kind == "embedding"
-            else ("lora_A.weight", "lora_B.weight")
-        )
-        for name, ours in zip(names, ("lora_A", "lora_B"), strict=True):
-            tensors[f"{PREFIX}{module.path}.{name}"] = adapter.tensors[module.path][ours].detach().cpu().contiguous()
+        suffixes = _LOOKED_UP if module.kind == "embedding" else _MULTIPLIED
+        for name, tensor in adapter.tensors[module.path].items():
+            tensors[f"{PREFIX}{module.path}.{suffixes[name]}"] = tensor.detach().cpu().contiguous()
     return config, tensors
 
 

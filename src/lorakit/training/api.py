@@ -49,7 +49,17 @@ def train(
         if not hasattr(loaded, "tokenizer"):
             raise LorakitError("train: this model brings no tokenizer; give tokenizer=")
         if getattr(loaded, "mounted", ()):
-            adapter_keys = {"method", "rank", "alpha", "targets", "dropout", "exclude", "rank_pattern", "alpha_pattern"}
+            adapter_keys = {
+                "method",
+                "rank",
+                "alpha",
+                "targets",
+                "dropout",
+                "exclude",
+                "init",
+                "rank_pattern",
+                "alpha_pattern",
+            }
             clash = adapter_keys & set(given)
             if clash:
                 raise LorakitError(

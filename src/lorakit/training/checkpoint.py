@@ -60,6 +60,11 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _laid_out_as(parameter: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """The state with its parameter's strides: fused optimisers walk both by address."""
+    return torch.empty_like(parameter, dtype=state.dtype).copy_(state) if state.shape == parameter.shape else state
+
+
 class Checkpoints:
     """The checkpoints of one run folder.
 
@@ -157,10 +162,11 @@ class Checkpoints:
         self._assign(trained)
         for o, opt in enumerate(self.optimizers):
             states: dict[int, dict[str, Any]] = {}
+            owned = [parameter for group in opt.param_groups for parameter in group["params"]]
             for name, tensor in optimizer.items():
                 owner, index, key = name.split(".", 2)
                 if int(owner) == o:
-                    states.setdefault(int(index), {})[key] = tensor
+                    states.setdefault(int(index), {})[key] = _laid_out_as(owned[int(index)], tensor)
             opt.load_state_dict({"state": states, "param_groups": opt.state_dict()["param_groups"]})
         _restore_random_state(random)
         return Progress(**state["progress"])

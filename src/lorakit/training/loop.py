@@ -123,7 +123,7 @@ class Loop:
         lr = recipe.lr * lr_factor(step, self.total, recipe.schedule, recipe.warmup_ratio, recipe.min_lr_ratio)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("ratio", 1.0)
             optimizer.zero_grad(set_to_none=True)
         loss = self._backward(self.plan.step(step))
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip or math.inf))

@@ -46,7 +46,16 @@ def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) 
     """
     parameters = [(name, p) for name, p in named if p.requires_grad]
     if recipe.optimizer == "adamw":
-        return [_adamw([p for _, p in parameters], recipe)]
+        if recipe.lr_b_ratio == 1:
+            return [_adamw([p for _, p in parameters], recipe)]
+        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns faster than A.
+        sides: dict[float, list[nn.Parameter]] = {1.0: [], recipe.lr_b_ratio: []}
+        for name, p in parameters:
+            sides[recipe.lr_b_ratio if name.endswith("lora_B") else 1.0].append(p)
+        made = [_adamw(side, recipe) for side in sides.values() if side]
+        for optimizer, ratio in zip(made, (r for r, side in sides.items() if side), strict=True):
+            optimizer.param_groups[0]["ratio"] = ratio
+        return made
     if recipe.method != "full":
         raise LorakitError("optimizer: muon is for method full; adapters are trained with adamw")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorakit.adapters.methods import Full, LoRA, Method
+from lorakit.adapters.methods import DoRA, Full, LoRA, Method
 from lorakit.adapters.plan import AdapterPlan
 from lorakit.base.batch import TokenRow
 from lorakit.base.forward import Scorer
@@ -55,13 +55,15 @@ def method_of(recipe: Recipe) -> Method:
     """The method a recipe describes (with rank 1 where the rank is still open)."""
     if recipe.method == "full":
         return Full()
-    return LoRA(
+    family = DoRA if recipe.method == "dora" else LoRA
+    return family(
         rank=recipe.rank or 1,
         alpha=recipe.alpha,
         targets=recipe.targets,
         exclude=recipe.exclude,
         dropout=recipe.dropout,
         use_rslora=recipe.method == "rslora",
+        init=recipe.init,
         rank_pattern=recipe.rank_pattern,
         alpha_pattern=recipe.alpha_pattern,
     )

@@ -24,10 +24,14 @@ class ModuleState(nn.Module, ABC):
     plan: ModulePlan
 
     @abstractmethod
-    def forward(self, x: torch.Tensor, y: torch.Tensor, weight: float) -> torch.Tensor:
-        """Flat input x (tokens, …) and the output so far y (tokens, out) → the new output.
+    def forward(self, x: torch.Tensor, base: torch.Tensor, y: torch.Tensor, weight: float) -> torch.Tensor:
+        """The output with this adapter added to it.
 
-        `weight` is the adapter's share in a mix; 1.0 when it acts alone.
+        Args:
+            x: flat input of the module, (tokens, …).
+            base: what the module itself gave, (tokens, out).
+            y: the output so far: `base`, and what other adapters of a mix have added.
+            weight: the adapter's share in a mix; 1.0 when it acts alone.
         """
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -58,5 +62,11 @@ class Method(ABC):
         """The state for one module: from given tensors, or at its initial values."""
 
     @abstractmethod
-    def delta(self, module: ModulePlan, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """ΔW in fp32, (out, in), for methods that have one."""
+    def delta(
+        self, module: ModulePlan, tensors: Mapping[str, torch.Tensor], weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """ΔW in fp32, (out, in), for methods that have one.
+
+        Args:
+            weight: the target's, (out, in), for methods whose update depends on it.
+        """

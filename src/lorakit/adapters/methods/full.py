@@ -32,5 +32,7 @@ class Full(Method):
     ) -> NoReturn:
         raise LorakitError("full fine-tuning has no adapter to mount; it trains the base itself")
 
-    def delta(self, module: ModulePlan, tensors: Mapping[str, torch.Tensor]) -> NoReturn:
+    def delta(
+        self, module: ModulePlan, tensors: Mapping[str, torch.Tensor], weight: torch.Tensor | None = None
+    ) -> NoReturn:
         raise LorakitError("full fine-tuning has no low-rank update")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -13,28 +12,48 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.adapters.delta import add_low_rank, delta
+from lorakit.adapters.initial import check_init, initial
 from lorakit.adapters.kinds import KINDS, kind_of
 from lorakit.adapters.methods.base import Method, ModuleState
-from lorakit.adapters.plan import AdapterPlan, ModulePlan, Shape
+from lorakit.adapters.plan import Adapter, AdapterPlan, ModulePlan, Shape
 from lorakit.adapters.targets import ALL_LINEAR, Targets, check_patterns, pattern_value, resolve_targets
 from lorakit.errors import LorakitError
 
 
 class LoraState(ModuleState):
-    """A (r, in) and B (out, r) of one module, with the scale fixed by the plan."""
+    """A (r, in) and B (out, r) of one module, with the scale fixed by the plan.
 
-    def __init__(self, plan: ModulePlan, a: torch.Tensor, b: torch.Tensor):
+    `start_A` and `start_B`, if given, are a frozen pair whose product is subtracted (PiSSA, OLoRA).
+    """
+
+    def __init__(self, plan: ModulePlan, tensors: Mapping[str, torch.Tensor]):
         super().__init__()
         self.plan = plan
-        self.lora_A = nn.Parameter(a)
-        self.lora_B = nn.Parameter(b)
+        self.lora_A = nn.Parameter(tensors["lora_A"])
+        self.lora_B = nn.Parameter(tensors["lora_B"])
+        if "start_A" in tensors:
+            self.start_A = nn.Parameter(tensors["start_A"], requires_grad=False)
+            self.start_B = nn.Parameter(tensors["start_B"], requires_grad=False)
+        self._moved = "start_A" in tensors
         self._project = KINDS[plan.kind].project
         self._factor = plan.scale * plan.gain
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, weight: float) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, base: torch.Tensor, y: torch.Tensor, weight: float) -> torch.Tensor:
+        if self._moved:
+            y = add_low_rank(y, self._project(x, self.start_A), self.start_B, -weight * self._factor)
+        return self._add(x, y, weight * self._factor)
+
+    def _add(self, x: torch.Tensor, y: torch.Tensor, factor: float) -> torch.Tensor:
         if self.plan.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, self.plan.dropout)
-        return add_low_rank(y, self._project(x, self.lora_A), self.lora_B, weight * self._factor)
+        return add_low_rank(y, self._project(x, self.lora_A), self.lora_B, factor)
+
+
+def weight_of(module: ModulePlan, target: nn.Module) -> torch.Tensor:
+    """The target's weight as a map, (out, in)."""
+    weight = target.weight
+    assert isinstance(weight, torch.Tensor)
+    return KINDS[module.kind].as_weight(weight)
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,7 @@ class LoRA(Method):
         exclude: names taken out of the targets.
         dropout: on the adapter's input. Off by default: it costs a copy of the input per target.
         use_rslora: s = α/√r instead of α/r.
+        init: ``uniform``, ``gaussian``, ``pissa`` or ``olora``; see `initial.py`.
         rank_pattern, alpha_pattern: values for the modules whose path ends in a match of the key
             (a regular expression); the first key that matches counts, as in PEFT.
     """
@@ -61,6 +81,7 @@ class LoRA(Method):
     exclude: Sequence[str] = ()
     dropout: float = 0.0
     use_rslora: bool = False
+    init: str = "uniform"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
@@ -74,6 +95,7 @@ class LoRA(Method):
         ]:
             if not math.isfinite(alpha) or alpha <= 0:
                 raise LorakitError(f"{label}: must be a positive number, not {alpha!r}")
+        check_init(self.init)
         if not 0 <= self.dropout < 1:
             raise LorakitError(f"dropout: must be in [0, 1), not {self.dropout!r}")
 
@@ -108,29 +130,48 @@ class LoRA(Method):
     def build(
         self, module: ModulePlan, target: nn.Module, tensors: Mapping[str, torch.Tensor] | None, seed: int
     ) -> LoraState:
-        device = next(target.parameters()).device
+        return LoraState(module, self.tensors_for(module, target, tensors, seed))
+
+    def tensors_for(
+        self, module: ModulePlan, target: nn.Module, tensors: Mapping[str, torch.Tensor] | None, seed: int
+    ) -> dict[str, torch.Tensor]:
+        """Given or initial tensors, as fp32 copies beside the target.
+
+        fp32 masters whatever the base's precision; the copies keep the caller's tensors apart.
+        """
+        weight = weight_of(module, target)
         if tensors is None:
-            tensors = initial(module, seed)
-        # fp32 masters whatever the base's precision; the copy keeps the caller's tensors apart.
-        a, b = (tensors[name].detach().to(device, torch.float32, copy=True) for name in ("lora_A", "lora_B"))
-        return LoraState(module, a, b)
+            tensors = initial(module, seed, self.init, weight)
+        return {
+            name: torch.empty(t.shape, device=weight.device).copy_(t.detach())  # contiguous, whatever t was
+            for name, t in tensors.items()
+        }
 
-    def delta(self, module: ModulePlan, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return delta(module, tensors["lora_A"], tensors["lora_B"])
+    def delta(
+        self, module: ModulePlan, tensors: Mapping[str, torch.Tensor], weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        update = delta(module, tensors["lora_A"], tensors["lora_B"])
+        return update - delta(module, tensors["start_A"], tensors["start_B"]) if "start_A" in tensors else update
 
 
-def initial(module: ModulePlan, seed: int) -> dict[str, torch.Tensor]:
-    """Initial A and B, with ΔW = 0.
+def as_plain(adapter: Adapter) -> Adapter:
+    """An adapter that begins inside W as a plain LoRA of twice the rank, exactly.
 
-    A uniform in ±1/√d_in and B zero; for an embedding, whose A is looked up by row, A zero and
-    B normal (as PEFT and loralib have it). The values depend on (seed, path) alone, so that they
-    are the same whatever else is targeted.
+    s·(B·A − B₀·A₀) = s·[B, B₀]·[A; −A₀]; alpha grows so that s stays what it was. Others are given back
+    as they are.
     """
-    digest = hashlib.sha256(f"{seed}:{module.path}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    shape_a, shape_b = (module.rank, module.in_features), (module.out_features, module.rank)
-    if module.kind == "embedding":
-        return {"lora_A": torch.zeros(shape_a), "lora_B": torch.randn(shape_b, generator=generator)}
-    bound = 1 / math.sqrt(module.in_features)
-    uniform = (torch.rand(shape_a, generator=generator) * 2 - 1) * bound
-    return {"lora_A": uniform, "lora_B": torch.zeros(shape_b)}
+    if not any("start_A" in tensors for tensors in adapter.tensors.values()):
+        return adapter
+    method = adapter.plan.method
+    assert isinstance(method, LoRA)
+    growth = math.sqrt(2) if method.use_rslora else 2.0
+    modules = tuple(replace(m, rank=2 * m.rank, alpha=growth * m.alpha) for m in adapter.plan.modules)
+    tensors = {
+        path: {
+            "lora_A": torch.cat([pair["lora_A"], -pair["start_A"]]),
+            "lora_B": torch.cat([pair["lora_B"], pair["start_B"]], dim=1),
+        }
+        for path, pair in adapter.tensors.items()
+    }
+    plain = replace(method, rank=2 * method.rank, alpha=growth * method.alpha, init="uniform")
+    return Adapter(AdapterPlan(plain, modules), tensors, adapter.record)
