@@ -78,6 +78,7 @@ def main() -> None:
         model,
         corpus,
         method="full",
+        precision="bf16",
         weights="random" if given.scratch else "pretrained",
         optimizer=given.optimizer,
         format="text",

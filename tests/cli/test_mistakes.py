@@ -276,7 +276,7 @@ class TestFolders:
 
     def test_a_file_where_the_folder_should_be(self, train, tmp_path) -> None:
         (tmp_path / "run").write_text("")
-        refused(train(), "is not a run folder")
+        refused(train(), "is a file, not a folder")
 
     def test_no_disk_space(self, small_model, jsonl, tmp_path) -> None:
         """A process that may write 20 kB a file at most: the first checkpoint does not fit."""
@@ -312,3 +312,84 @@ class TestQuestions:
 
     def test_a_prompt_longer_than_the_model(self, run_cli, small_model) -> None:
         refused(run_cli("generate", small_model, "--prompt", "word " * 600), "the model has positions for 512")
+
+
+class TestNothingIsLost:
+    """A user's files and earlier runs survive whatever is asked for."""
+
+    def test_a_folder_with_a_recipe_and_other_things_is_not_a_run(self, train, tmp_path, jsonl) -> None:
+        folder = tmp_path / "project"
+        folder.mkdir()
+        data = jsonl(*[ROW] * 4, name="project/mine.jsonl")
+        (folder / "recipe.yaml").write_text(f"data: {data}\n")
+        for extra in ((), ("--overwrite",)):
+            refused(train(folder / "recipe.yaml", *extra, data=None, output_dir=folder), "not a run folder")
+        assert {p.name for p in folder.iterdir()} == {"recipe.yaml", "mine.jsonl"}
+
+    def test_overwriting_begins_when_all_is_checked(self, train, tmp_path) -> None:
+        assert train()[0] == 0
+        refused(train("--overwrite", data=tmp_path / "typo.jsonl"), "no file")
+        refused(train("--overwrite", targets="q_prj"), "matches no module")
+        assert (tmp_path / "run/summary.json").exists()
+        assert (tmp_path / "run/adapter").exists()
+        (tmp_path / "run/my-notes.txt").write_text("keep me")
+        assert train("--overwrite")[0] == 0
+        assert (tmp_path / "run/my-notes.txt").exists()
+
+    def test_a_run_that_is_at_work_is_left_alone(self, train, tmp_path) -> None:
+        import fcntl
+
+        assert train()[0] == 0
+        with (tmp_path / "run/.lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            refused(train("--overwrite"), "another process")
+        assert (tmp_path / "run/summary.json").exists()
+
+
+class TestOddFiles:
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("a.jsonl", "{}\n", "fit no known format"),
+            ("a.json", "5", "expected a list of rows, found int"),
+            ("a.jsonl", '{"prompt": "a", "prompt": "b", "completion": "c"}\n', "'prompt' stands twice"),
+            ("a.csv", "prompt,completion,completion\na,b,c\n", "'completion' stands twice"),
+            ("a.jsonl", '{"prompt": "\\ud800", "completion": "c"}\n', "surrogate"),
+            ("a.jsonl", '{"prompt": ' + "9" * 5000 + ', "completion": "c"}\n', "line 1"),
+            ("a.jsonl", "[" * 100_000 + "\n", "line 1"),
+        ],
+    )
+    def test_data(self, train, tmp_path, name: str, content: str, said: str) -> None:
+        (tmp_path / name).write_text(content)
+        refused(train(data=tmp_path / name), said)
+
+    @pytest.mark.parametrize(
+        ("key", "value", "said"),
+        [
+            ("epochs", "inf", "finite"), ("lr", "nan", "finite"), ("seed", 10**30, "seed"),
+            ("output_dir", "x" * 300, "name too long"), ("columns", "foo", "part=column"),
+        ],
+    )  # fmt: skip
+    def test_values(self, train, key: str, value: object, said: str) -> None:
+        code, _, err = train(**{key: value})
+        assert code == 2
+        assert said in err.lower()
+
+    @pytest.mark.parametrize("config", [{"lora_alpha": "x"}, {"rank_pattern": [1]}, {"target_modules": 5}])
+    def test_adapter_configs(self, run_cli, adapter, small_model, config: dict) -> None:
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        refused(run_cli("generate", adapter, "--prompt", "x"), "adapter_config.json")
+
+    @pytest.mark.parametrize("record", [{"base": "tiny"}, {"sha256": []}, {"stop_token_ids": ["a"]}, {"template": 3}])
+    def test_records(self, run_cli, adapter, record: dict) -> None:
+        path = adapter / "lorakit.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | record))
+        refused(run_cli("generate", adapter, "--prompt", "x"), "lorakit.json")
+
+    def test_settings_of_an_adapter_with_full_fine_tuning(self, train) -> None:
+        refused(train(method="full", rank=8), "rank is for adapters")
+        refused(train(method="full", precision="nonsense"), "'nonsense'")
+
+    def test_no_metric(self, run_cli, small_model, jsonl) -> None:
+        refused(run_cli("eval", small_model, "--data", jsonl(ROW), "--metrics", ","), "no metric")

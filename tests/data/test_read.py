@@ -154,3 +154,15 @@ def test_wrong_column_mappings(jsonl) -> None:
         recognise(records, columns={"promt": "mr"})
     with pytest.raises(LorakitError, match=r"format: 'alpacca'.*'alpaca'"):
         recognise(records, "alpacca")
+
+
+def test_a_column_that_only_later_rows_have_is_not_lost(jsonl) -> None:
+    records = read_records(
+        str(
+            jsonl(
+                {"instruction": "say hi", "output": "hi"}, {"instruction": "translate", "input": "this", "output": "x"}
+            )
+        )
+    )
+    form = recognise(records)
+    assert [to_example(record, form).prompt for record in records] == ["say hi", "translate\n\nthis"]

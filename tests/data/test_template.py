@@ -118,9 +118,13 @@ def test_without_a_template_prompt_completion_and_end(tokenizer) -> None:
 
 
 def test_chats_without_a_template_use_plain_words(words) -> None:
-    row = Template(words).encode(CHAT)
+    template = Template(words)
+    row = encode([CHAT], FORM, template, max_length=512).rows[0]
     assert row.loss_mask.any()
     assert row.input_ids[-1] == words.eos_token_id
+    assert template.chat is not None, "it is the template from now on, in generation too"
+    asked = template.encode_prompt((CHAT.messages or ())[:1])
+    assert row.input_ids[: len(asked)].tolist() == asked
 
 
 def test_stop_tokens_include_the_templates_end(tokenizer) -> None:
@@ -194,3 +198,28 @@ def test_a_row_with_nothing_to_train(tokenizer) -> None:
     messages = [dict(m, weight=0) for m in CHAT.messages or ()]
     with pytest.raises(LorakitError, match="here: no token of this row would be trained"):
         Template(tokenizer).encode(Example("here", messages=tuple(messages)))
+
+
+def test_tool_calls_that_the_template_leaves_out_are_an_error(tokenizer) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(LorakitError, match="leaves its tool_calls out"):
+        Template(tokenizer).encode(Example("here", messages=({"role": "user", "content": "u"}, call)))
+
+
+def test_only_special_tokens_end_an_answer(tokenizer) -> None:
+    """A template without an end of turn: the full stop that every answer ends in must not stop generation."""
+    template = Template(tokenizer, text="{% for m in messages %}{{ m.content }}{% endfor %}")
+    model = type("M", (), {"generation_config": None, "tokenizer": tokenizer})()
+    data = encode(
+        [Example(f"{i}", prompt="ask ", completion="It is.") for i in range(3)], FORM, template, max_length=64
+    )
+    assert stop_tokens(model, data) == [tokenizer.eos_token_id]
+
+
+def test_one_prompt_with_nearly_all_rows_stays_in_training(tokenizer) -> None:
+    examples = [Example(f"{i}", prompt="a" if i == 0 else "b", completion=f"{i}") for i in range(61)]
+    data = encode(examples, FORM, Template(tokenizer), max_length=64)
+    for seed in range(5):
+        train, held = hold_out(data, 0.05, seed)
+        assert len(train.rows) == 60
+        assert [e.prompt for e in held.examples] == ["a"]

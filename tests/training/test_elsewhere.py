@@ -72,3 +72,84 @@ def test_training_from_python_by_name(small_model, rows_file, tmp_path) -> None:
     )  # fmt: skip
     assert run.model.adapter().plan.modules[0].rank == 2
     assert run.summary["steps"] == 2
+
+
+def test_a_run_from_python_remembers_its_method(small_model, rows_file, tmp_path) -> None:
+    """The recipe that is written describes the attached adapter, so that resuming trains the same one."""
+    from lorakit.recipes.load import read_yaml
+
+    base = lorakit.load_base(str(small_model), precision="fp32")
+    method = lorakit.LoRA(rank=4, alpha=8, use_rslora=True, dropout=0.1, targets=["q_proj"], init="gaussian")
+    run = lorakit.train(
+        lorakit.attach(base, method),
+        str(rows_file),
+        steps=2,
+        batch_size=2,
+        output_dir=str(tmp_path / "run"),
+        quiet=True,
+    )
+    stored = read_yaml(run.folder / "recipe.yaml")
+    described = {key: stored[key] for key in ("method", "rank", "alpha", "dropout", "targets", "init")}
+    assert described == {
+        "method": "rslora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj"], "init": "gaussian"
+    }  # fmt: skip
+
+
+def test_what_python_runs_have_to_say_is_said(small_model, rows_file, tmp_path) -> None:
+    from lorakit.training.console import SilentWatcher
+
+    class Listener(SilentWatcher):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    listener = Listener()
+    plain = AutoModelForCausalLM.from_pretrained(small_model)
+    tokenizer = lorakit.load_base(str(small_model)).tokenizer
+    run = lorakit.train(
+        plain, str(rows_file), tokenizer=tokenizer, watcher=listener, max_length=80, overlong="drop", lora_r=2, steps=2,
+        output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    told = " ".join(listener.notes)
+    for part in ("longer than max_length 80", "lora_r → rank", "batch_size: 8"):
+        assert part in told
+    assert run.result.name == "adapter", "a plain model gets an adapter; full fine-tuning has to be asked for"
+
+
+def test_a_full_model_keeps_its_template(small_model, rows_file, tmp_path) -> None:
+    from lorakit.cli.target import open_target
+
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    run = lorakit.train(
+        str(small_model), str(rows_file), method="full", template=str(template), steps=1, quiet=True,
+        output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    opened = open_target(str(run.folder))
+    assert opened.template.chat == template.read_text()
+    assert 6 in opened.stop
+    weights = run.result / "model.safetensors"
+    from safetensors.torch import load_file
+
+    assert "lm_head.weight" not in load_file(weights), "tied weights are written once"
+
+
+def test_an_encoder_layer_of_torch_does_not_pass_the_adapter_by() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    import pytest
+
+    with pytest.warns(UserWarning, match="leaves out self_attn"):
+        model = lorakit.attach(torch.nn.Sequential(layer)[0], lorakit.LoRA(rank=2))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.fill_(0.1)
+        x = torch.randn(1, 5, 16)
+        adapted = model(x)
+        with model.using(None):
+            assert not torch.allclose(adapted, model(x))

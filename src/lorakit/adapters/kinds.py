@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 
 class Kind(Protocol):
@@ -39,12 +40,15 @@ class Kind(Protocol):
 
 
 class LinearKind:
-    """`nn.Linear`: weight (out, in)."""
+    """`nn.Linear`: weight (out, in).
+
+    Not the output projection inside `nn.MultiheadAttention`, whose weight is read without its forward.
+    """
 
     name = "linear"
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear)
+        return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, nn.Linear)

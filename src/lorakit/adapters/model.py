@@ -127,12 +127,20 @@ class AdaptedModel(nn.Module):
         return mix
 
 
+def _no_fast_path(module: nn.Module, arguments: Any) -> None:
+    """Does nothing; that it is there makes torch call the sub-modules one by one."""
+
+
 def extend_model(model: nn.Module, mixin: type[AdaptedModel] = AdaptedModel) -> AdaptedModel:
     """Give a model the methods of `mixin`, in place and once. Freezes its parameters."""
     if isinstance(model, AdaptedModel):
         return model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its fast path in evaluation reads weights directly, past any adapter; a hook keeps it off.
+            module.register_forward_pre_hook(_no_fast_path)
     extend_class(model, mixin)
     assert isinstance(model, AdaptedModel)
     model.adapter_plans = {}
@@ -150,7 +158,7 @@ def install(
     record: Mapping[str, Any] | None = None,
 ) -> None:
     """Mount a planned adapter under a name: at its initial values, or with given tensors."""
-    if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
+    if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise LorakitError(
             f"adapter name {name!r}: use letters, digits, '-' and '_', and no name that Python's "
             "dictionaries use themselves"

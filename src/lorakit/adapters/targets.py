@@ -7,6 +7,7 @@ even beside names that match.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -85,6 +86,13 @@ def resolve_targets(model: nn.Module, targets: Targets, exclude: Sequence[str] =
     for name in names:
         if name == ALL_LINEAR:
             head = output_head(model)
+            attention = next((path for path, m in modules.items() if isinstance(m, nn.MultiheadAttention)), None)
+            if attention:
+                warnings.warn(
+                    f"all-linear leaves out {attention} and any other nn.MultiheadAttention: its projections are not "
+                    "supported yet",
+                    stacklevel=2,
+                )
             chosen |= {
                 path
                 for path, module in modules.items()

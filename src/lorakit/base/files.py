@@ -61,9 +61,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
 def _checked(folder: Path, name: str) -> Path:
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
-            config = json.loads((folder / "adapter_config.json").read_text())
-            base = config.get("base_model_name_or_path") or "its base"
-            raise LorakitError(f"model: {name} is an adapter, not a model; load {base} and give it as --adapter {name}")
+            raise LorakitError(
+                f"model: {name} is an adapter, not a model; give its base as the model (to use it: lorakit chat {name})"
+            )
         raise LorakitError(f"model: {name} has no config.json, so it is not a model folder")
     return folder
 
@@ -102,8 +102,13 @@ def read_header(path: Path) -> tuple[dict[str, dict], int]:
             table = json.loads(file.read(length))
         except ValueError:
             raise LorakitError(f"{path} has a damaged header; fetch or save it again") from None
-    table.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in table.values()), default=0)
+    try:
+        table.pop("__metadata__", None)
+        end = max((int(entry["data_offsets"][1]) for entry in table.values()), default=0)
+        for entry in table.values():
+            _, _ = entry["dtype"], list(entry["shape"])
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        raise LorakitError(f"{path} has a damaged header; fetch or save it again") from None
     if 8 + length + end != size:
         raise LorakitError(
             f"{path} should be {8 + length + end} bytes and is {size}: it is cut short; fetch or save it again"

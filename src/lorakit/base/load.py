@@ -82,12 +82,17 @@ def load_base(
     chosen = PRECISIONS[choose_precision(precision, device_choice.partition(":")[0]).value]
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise LorakitError(f"model: the config of {name} cannot be read: {str(error).splitlines()[0][:160]}") from None
+    except Exception as error:  # transformers raises many sorts; all mean that the file is no good
+        raise LorakitError(f"model: the config of {name} cannot be read: {_first_line(error)}") from None
 
     if weights == "random":
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=chosen.dtype)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=chosen.dtype)
+        except Exception as error:
+            raise LorakitError(
+                f"model: no language model can be made from the config of {name}: {_first_line(error)}"
+            ) from None
         mark = None
     else:
         weight_files(folder)
@@ -117,12 +122,17 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
 def _pretrained(loader: Any, folder: Path, name: str, options: dict[str, Any]) -> Any:
     try:
         with _quiet():
             model, report = loader.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise LorakitError(f"model: {name} cannot be loaded: {str(error).splitlines()[0][:200]}") from None
+    except Exception as error:
+        raise LorakitError(f"model: {name} cannot be loaded: {_first_line(error)}") from None
     missing = sorted(report.get("missing_keys") or ())
     if missing:
         raise LorakitError(

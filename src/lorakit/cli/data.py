@@ -32,11 +32,11 @@ def check(
     from lorakit.data.report import special_strings_inside, summarise
     from lorakit.data.template import LOSSES, Template
     from lorakit.errors import LorakitError, did_you_mean
-    from lorakit.recipes.schema import Recipe
+    from lorakit.recipes.schema import parse_columns
 
     if loss not in LOSSES:
         raise LorakitError(f"loss: {loss!r} is none of {', '.join(LOSSES)}. {did_you_mean(loss, LOSSES)}")
-    examples, form = read_examples(data, format, Recipe._pairs(columns) if columns else None)
+    examples, form = read_examples(data, format, parse_columns(columns))
     if row > len(examples):
         raise LorakitError(f"data: there is no row {row}; {data} has {len(examples)}")
     tokenizer = load_tokenizer(find_model(model))

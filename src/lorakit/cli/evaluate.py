@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lorakit.errors import LorakitError
+
 
 def evaluate(
     target: Annotated[str, typer.Argument(help="A run, an adapter, or a model.")],
@@ -34,12 +36,13 @@ def evaluate(
     from lorakit.inference.generate import Sampling
     from lorakit.proving.evaluate import check_metrics, prompts_in
     from lorakit.proving.evaluate import evaluate as score
-    from lorakit.recipes.schema import Recipe
+    from lorakit.recipes.schema import parse_columns
 
     wanted = [m.strip() for m in metrics.split(",") if m.strip()]
     check_metrics(wanted)
-    mapping = Recipe._pairs(columns) if columns else {}
-    examples, form = read_examples(data, columns=mapping)
+    if out is not None and out.is_dir():
+        raise LorakitError(f"--out {out} is a folder; name a file")
+    examples, form = read_examples(data, columns=parse_columns(columns))
     opened = open_target(target, model, device, precision, any_base)
     rows = encode(examples, form, opened.template, max_length=context_length(opened.model))
     scorer = Scorer(opened.model)
@@ -61,6 +64,8 @@ def evaluate(
         table.add_row(metric, *(f"{scores.values[metric]:.4g}" for scores in results.values()))
     console.print(table)
     last = list(results.values())[-1]
+    if last.too_long:
+        note(f"{last.too_long} prompts fill the model's context and were not answered")
     if last.unfinished:
         note(f"{last.unfinished} of {len(last.answers)} answers ran into --max-new-tokens without an end")
     if out is not None:

@@ -31,6 +31,7 @@ def generate(
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts or not all(p.strip() for p in prompts):
         raise LorakitError("generate: the prompt is empty")
+    "".join(prompts).encode()  # half characters from a broken terminal are no text: said by main()
     from lorakit.cli.target import open_target
     from lorakit.inference.generate import Sampling
     from lorakit.inference.generate import generate as answer

@@ -44,13 +44,15 @@ def main() -> None:
     except LorakitError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        _fail(f"{error.filename or 'output'}: no space left to write it. Free some and run again")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "no space left to write it; free some and run again" if full else error.strerror or str(error)
+        _fail(f"{error.filename}: {reason}" if error.filename else reason)
+    except UnicodeEncodeError:
+        _fail("a prompt or a file name holds characters that are not UTF-8 text")
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 

@@ -47,8 +47,12 @@ def train(
     from lorakit.recipes.schema import default_output
 
     words = list(recipe or [])
-    path = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("-") else None
     flags, loose = _flags([*words, *ctx.args])
+    files = [word for word in loose if "=" not in word]
+    if len(files) > 1:
+        raise LorakitError(f"train: one recipe at a time, not {', '.join(files)}")
+    path = files[0] if files else None
+    loose = [word for word in loose if "=" in word]
     if model is not None:
         flags["model"] = model
     if data is not None:
@@ -121,7 +125,8 @@ def _resume(folder: Path, given: Recipe | None = None) -> None:
     stored = stored_recipe(folder)
     if given is not None:
         for key in sorted(given.model_fields_set - {"output_dir"}):
-            if getattr(given, key) != getattr(stored, key):
+            left_open = getattr(given, key) in (None, "auto")
+            if not left_open and getattr(given, key) != getattr(stored, key):
                 raise LorakitError(
                     f"{folder}: the run there was begun with {key} {getattr(stored, key)!r}, not {getattr(given, key)!r}. "
                     "Continue it as it is (lorakit resume), or start anew with --overwrite"
@@ -137,10 +142,10 @@ def _run(recipe: Recipe, folder: Path, overwrite: bool = False, dry_run: bool = 
     from lorakit.training.console import ConsoleWatcher
     from lorakit.training.loop import Interrupted
     from lorakit.training.prepare import prepare
-    from lorakit.training.run import claim, execute
+    from lorakit.training.run import check_free, execute
 
     if not resuming and not dry_run:
-        claim(folder, overwrite)
+        check_free(folder, overwrite)
     with console.status("loading"):
         import transformers  # noqa: F401  (seconds, the first time)
     prepared = prepare(recipe, progress=tracked("encoding"))
@@ -156,15 +161,26 @@ def _run(recipe: Recipe, folder: Path, overwrite: bool = False, dry_run: bool = 
         console.print("\nNothing was trained (--dry-run).")
         return
     before = _score(prepared, test, "base")
+    after: list[Scores | None] = []
+
+    def complete(summary: dict[str, Any]) -> dict[str, Any]:
+        after.append(_score(prepared, test, _kind(prepared)))
+        return _summary(summary, prepared, before if test else None, after[0], time.perf_counter() - started)
+
     console.print()
     try:
-        run = execute(prepared, folder, ConsoleWatcher(console), resume=resuming)
+        run = execute(
+            prepared, folder, ConsoleWatcher(console), resume=resuming, overwrite=overwrite, complete=complete
+        )  # fmt: skip
     except Interrupted as stop:
         console.print(f"\nStopped after step {stop.step} of {prepared.recipe.steps}; nothing is lost.")
         next_step(f"lorakit resume {folder}")
         sys.exit(130)
-    after = _score(prepared, test, "adapter" if prepared.recipe.method != "full" else "model")
-    _finish(run, prepared, before, after, bool(test), time.perf_counter() - started)
+    _finish(run, prepared, before, after[0], bool(test))
+
+
+def _kind(prepared: Prepared) -> str:
+    return "model" if prepared.recipe.method == "full" else "adapter"
 
 
 def _show_plan(prepared: Prepared, folder: Path) -> None:
@@ -214,48 +230,56 @@ def _score(prepared: Prepared, test: TokenData | None, label: str) -> Scores | N
     from lorakit.proving.evaluate import METRICS, evaluate, prompts_in
 
     data = test or prepared.held_out or prepared.data
-    if any(example.text is not None for example in data.examples):
+    plain = any(example.text is not None for example in data.examples)
+    if plain and not test:
         return None
     answer = max(row.loss_tokens for row in data.rows)
-    prompts = prompts_in(data) if test else _SHOWN
+    prompts = 1 if plain else prompts_in(data) if test else _SHOWN
+    metrics = ("loss",) if plain else METRICS if test else ("exact",)
     with counting(f"scoring the {label}", prompts) as advance:
         return evaluate(
-            prepared.model, data, prepared.template, stop_tokens(prepared.model, prepared.data),
-            METRICS if test else ("exact",), Sampling(max_new_tokens=min(256, answer + 16)),
-            limit=None if test else _SHOWN, scorer=prepared.scorer, progress=advance,
+            prepared.model, data, prepared.template, stop_tokens(prepared.model, prepared.data), metrics,
+            Sampling(max_new_tokens=min(256, answer + 16)), limit=None if test else _SHOWN, scorer=prepared.scorer,
+            progress=advance,
         )  # fmt: skip
 
 
-def _finish(
-    run: Run, prepared: Prepared, before: Scores | None, after: Scores | None, tested: bool, seconds: float
-) -> None:
+def _summary(
+    summary: dict[str, Any], prepared: Prepared, before: Scores | None, after: Scores | None, seconds: float
+) -> dict[str, Any]:
+    """The run's summary with scores, and with the time and memory of the whole command."""
+    from lorakit.base.devices import peak_memory_bytes
+
+    peak = max(summary["peak_memory_bytes"], peak_memory_bytes(prepared.scorer.device.type))
+    result = {"loss": summary["eval_loss"], "bytes": summary["bytes"], "parameters": prepared.trainable}
+    extra: dict[str, Any] = {
+        "training_seconds": summary["seconds"], "seconds": round(seconds, 2), "peak_memory_bytes": peak,
+    }  # fmt: skip
+    if before and after:
+        extra["base"] = before.values
+        result |= after.values
+    return {**extra, _kind(prepared): result}
+
+
+def _finish(run: Run, prepared: Prepared, before: Scores | None, after: Scores | None, tested: bool) -> None:
     from rich.table import Table
 
-    from lorakit.base.devices import peak_memory_bytes
     from lorakit.cli.show import before_after, console, duration, facts, heading, next_step, note, size
-    from lorakit.store.files import write_json
     from lorakit.training.run import SUMMARY
 
-    summary = dict(run.summary)
-    summary["training_seconds"] = summary["seconds"]
-    summary["seconds"] = round(seconds, 2)
-    summary["peak_memory_bytes"] = max(summary["peak_memory_bytes"], peak_memory_bytes(prepared.scorer.device.type))
-    kind = "model" if prepared.recipe.method == "full" else "adapter"
-    summary[kind] = {"loss": summary["eval_loss"], "bytes": summary["bytes"], "parameters": prepared.trainable}
-    if before and after:
-        if tested:
-            summary["base"] = before.values
-            summary[kind] |= after.values
+    summary, kind = run.summary, _kind(prepared)
+    if before and after and after.questions:
         heading("Before and after")
-        before_after(_examples(before, after, before.questions))
+        before_after(_examples(before, after, after.questions))
         if after.unfinished:
             note(
                 f"{after.unfinished} of {len(after.answers)} answers ran into the length limit without an end-of-turn "
                 "token; train longer, or look at: lorakit data check"
             )
-    write_json(run.folder / SUMMARY, summary)
+    if after and after.too_long:
+        note(f"{after.too_long} prompts fill the model's context and were not answered")
     if before and after and tested:
-        table = Table(title=f"{prepared.recipe.test_data}, {len(after.questions)} prompts", title_justify="left")
+        table = Table(title=f"{prepared.recipe.test_data}", title_justify="left")
         for column in ("", "base", kind):
             table.add_column(column, justify="right" if column else "left")
         names = {"loss": "loss (nats per token)", "bleu": "BLEU (all references)", "exact": "exact match"}
@@ -266,7 +290,7 @@ def _finish(
     heading("Done")
     facts(
         [
-            ("time", f"{duration(seconds)} ({duration(summary['training_seconds'])} of it training, "
+            ("time", f"{duration(summary['seconds'])} ({duration(summary['training_seconds'])} of it training, "
                      f"{summary['tokens_per_second']:,.0f} tokens/s)"),
             ("memory", f"{size(summary['peak_memory_bytes'])} at its peak"),
             (kind, f"{run.result} ({size(summary['bytes'])})"),

@@ -94,6 +94,7 @@ def encode(
         raise LorakitError(
             f"overlong: {overlong!r} is none of {', '.join(OVERLONG)}. {did_you_mean(overlong, OVERLONG)}"
         )
+    template.adopt(examples)
     rows: list[TokenRow] = []
     kept: list[Example] = []
     long: list[tuple[str, int]] = []
@@ -171,7 +172,12 @@ def hold_out(data: TokenData, share: float | int, seed: int) -> tuple[TokenData,
     for g in torch.randperm(len(order), generator=generator).tolist():
         if len(held) >= max(1, wanted):
             break
-        held += order[g]
+        if len(held) + len(order[g]) <= max(2, 1.5 * wanted):  # a prompt with very many rows stays in training
+            held += order[g]
+    if not held:
+        raise LorakitError(
+            f"val_size: no prompt has few enough rows to hold out {share} of them; give val_data, or another val_size"
+        )
     chosen = set(held)
     return data.subset([i for i in range(len(data.rows)) if i not in chosen]), data.subset(sorted(held))
 
@@ -195,15 +201,19 @@ def answer_of(example: Example) -> str:
     return next(m["content"] for m in reversed(as_messages(example)) if m["role"] == "assistant")
 
 
+def end_tokens(data: TokenData, tokenizer: Any) -> set[int]:
+    """The special tokens that rows end with: a template's end of turn."""
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    return {int(row.input_ids[-1]) for row in data.rows} & special
+
+
 def stop_tokens(model: Any, data: TokenData | None = None) -> list[int]:
     """The tokens that end generation: the model's own, and those its training rows end with."""
     config = getattr(model, "generation_config", None)
     own = getattr(config, "eos_token_id", None)
     ends = [own] if isinstance(own, int) else list(own or [])
     if data is not None:
-        final = {int(row.input_ids[-1]) for row in data.rows}
-        if len(final) == 1:  # a template's end-of-turn token; plain text ends anyhow
-            ends += [token for token in final if token not in ends]
+        ends += [token for token in sorted(end_tokens(data, model.tokenizer)) if token not in ends]
     if not ends and model.tokenizer.eos_token_id is not None:
         ends = [model.tokenizer.eos_token_id]
     return ends

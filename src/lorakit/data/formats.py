@@ -73,12 +73,13 @@ def recognise(records: Sequence[Record], format_name: str = "auto", columns: Map
         LorakitError: no format fits; lists the columns and how to map them.
     """
     present = list(records[0].fields)
+    anywhere = {column for record in records for column in record.fields}
     columns = dict(columns or {})
     known_parts = {part for parts in _PARTS.values() for part in parts} | {"input", "system"}
     for part, column in columns.items():
         if part not in known_parts:
             raise LorakitError(f"columns: {part!r} is no part of an example. {did_you_mean(part, known_parts)}")
-        if column not in present:
+        if column not in anywhere:
             raise LorakitError(
                 f"columns: {part} is to come from {column!r}, but {records[0].where} has {', '.join(present)}. "
                 + did_you_mean(column, present)
@@ -88,7 +89,7 @@ def recognise(records: Sequence[Record], format_name: str = "auto", columns: Map
             f"format: {format_name!r} is none of auto, {', '.join(FORMATS)}. {did_you_mean(format_name, FORMATS)}"
         )
     for name in FORMATS if format_name == "auto" else (format_name,):
-        chosen = _match(name, present, columns)
+        chosen = _match(name, present, anywhere, columns)
         if chosen is not None and set(columns) <= set(chosen):
             return Format(name, chosen)
     wanted = "; ".join(f"{name}: {' + '.join(parts)}" for name, parts in _PARTS.items())
@@ -96,12 +97,13 @@ def recognise(records: Sequence[Record], format_name: str = "auto", columns: Map
     raise LorakitError(
         f"data: the columns of {records[0].where} ({', '.join(present)}) fit "
         + ("no known format" if format_name == "auto" else f"not the format {format_name!r}")
-        + f". Known: {wanted}. Map them with columns, e.g. --columns prompt={present[0]},completion={present[-1]}"
+        + f". Known: {wanted}. Map them with columns, e.g. --columns prompt={(present or ['A'])[0]},"
+        + f"completion={(present or ['B'])[-1]}"
         + (f" (nearest: {', '.join(close)})" if close else "")
     )
 
 
-def _match(name: str, present: Sequence[str], columns: Mapping[str, str]) -> dict[str, str] | None:
+def _match(name: str, present: Sequence[str], anywhere: set[str], columns: Mapping[str, str]) -> dict[str, str] | None:
     chosen: dict[str, str] = {}
     for part, aliases in _PARTS[name].items():
         column = columns.get(part) or next((a for a in aliases if a in present and a not in columns.values()), None)
@@ -110,7 +112,7 @@ def _match(name: str, present: Sequence[str], columns: Mapping[str, str]) -> dic
         chosen[part] = column
     for part in _OPTIONAL.get(name, ()):
         column = columns.get(part, part)
-        if column in present and column not in chosen.values():
+        if column in anywhere and column not in chosen.values():
             chosen[part] = column
     return chosen
 
@@ -208,7 +210,7 @@ def _messages(where: str, turns: Any, role_key: str, content_key: str) -> tuple[
 
 
 def _part(spot: str, part: Any) -> str:
-    if isinstance(part, dict) and part.get("type") == "text":
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     raise LorakitError(f"data: {spot}: content has a part that is not text; images and sound are not supported")
 

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def read_records(source: str) -> list[Record]:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if _suffix(p) in _KNOWN)
+        files = sorted(p for p in path.iterdir() if p.is_file() and _suffix(p) in _KNOWN)
         if not files:
             raise LorakitError(f"data: the folder {source} has no file ending in {', '.join(_KNOWN)}")
         return [record for file in files for record in _read_file(file)]
@@ -77,7 +78,7 @@ def _read_file(path: Path) -> list[Record]:
             records = list(readers[suffix](file, path.name))
     except UnicodeDecodeError as error:
         raise LorakitError(f"data: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except (gzip.BadGzipFile, lzma.LZMAError, EOFError):
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error):
         raise LorakitError(f"data: {path} is not a whole {path.suffix} file: damaged or cut short") from None
     except PermissionError:
         raise LorakitError(f"data: {path} cannot be read (permission denied)") from None
@@ -92,13 +93,42 @@ def _object(value: Any, where: str) -> Record:
     return Record(value, where)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise LorakitError(f"the key {twice!r} stands twice")
+    return dict(pairs)
+
+
+def _parse(text: str, where: str) -> Any:
+    """JSON without duplicate keys, whose first value would be lost, and without half characters."""
+    try:
+        value = json.loads(text, object_pairs_hook=_once)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except LorakitError as error:
+        raise LorakitError(f"data: {where}: {error}") from None
+    except UnicodeEncodeError:
+        raise LorakitError(
+            f"data: {where}: holds half of a surrogate pair (\\ud800 … \\udfff), which is no text"
+        ) from None
+    except RecursionError:
+        raise LorakitError(f"data: {where}: nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise LorakitError(f"data: {where}: {str(error).split(';')[0]}") from None
+    return value
+
+
 def _jsonl(file: TextIO, name: str) -> Iterator[Record]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         where = f"{name}, line {number}"
         try:
-            value = json.loads(line)
+            value = _parse(line, where)
         except json.JSONDecodeError as error:
             hint = " (a whole JSON document? then name the file .json)" if number == 1 and line.strip() in "[{" else ""
             raise LorakitError(f"data: {where}: not valid JSON: {error.msg} at column {error.colno}{hint}") from None
@@ -108,12 +138,14 @@ def _jsonl(file: TextIO, name: str) -> Iterator[Record]:
 def _json(file: TextIO, name: str) -> Iterator[Record]:
     text = file.read()
     try:
-        value = json.loads(text)
+        value = _parse(text, name)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             yield from _jsonl(io.StringIO(text), name)
             return
         raise LorakitError(f"data: {name}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(value, (dict, list)):
+        raise LorakitError(f"data: {name}: expected a list of rows, found {type(value).__name__}")
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list)]
         if len(lists) != 1:
@@ -127,6 +159,10 @@ def _csv(file: TextIO, name: str, delimiter: str = ",") -> Iterator[Record]:
     csv.field_size_limit(1 << 30)
     reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     try:
+        header = list(reader.fieldnames or ())
+        twice = next((column for column in header if header.count(column) > 1), None)
+        if twice is not None:
+            raise LorakitError(f"data: {name}: the column {twice!r} stands twice in the header")
         for row in reader:
             where = f"{name}, line {reader.line_num}"
             if None in row:

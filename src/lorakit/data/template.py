@@ -61,7 +61,15 @@ class Template:
             path = Path(choice).expanduser()
             if not path.is_file():
                 raise LorakitError(f"template: {choice!r} is neither 'auto', 'none' nor a file")
-            self.chat, self.origin = path.read_text(encoding="utf-8"), str(path)
+            try:
+                self.chat, self.origin = path.read_text(encoding="utf-8"), str(path)
+            except UnicodeDecodeError:
+                raise LorakitError(f"template: {path} is not a UTF-8 text file") from None
+
+    def adopt(self, examples: Sequence[Example]) -> None:
+        """Conversations need a template: without one they are written in plain words, here and in generation."""
+        if self.chat is None and any(example.messages is not None for example in examples):
+            self.chat, self.origin = PLAIN_CHAT, "plain words (User: … Assistant: …)"
 
     @property
     def sha256(self) -> str | None:
@@ -74,7 +82,7 @@ class Template:
 
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.chat or PLAIN_CHAT, tokenize=False, add_generation_prompt=generation
+                list(messages), chat_template=self.chat, tokenize=False, add_generation_prompt=generation
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise LorakitError(
@@ -89,12 +97,19 @@ class Template:
         """
         full = self._render(messages, where)
         if loss == "all":
-            return [_Piece(full, True)]
+            return [_Piece(full.rstrip(), True)]
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
         pieces, end = [], 0
         for i in turns[-1:] if loss == "last" else turns:
             before = self._render(messages[:i], where, generation=True) if i else ""
             through = self._render(messages[: i + 1], where)
+            if messages[i].get("tool_calls"):
+                without = {k: v for k, v in messages[i].items() if k != "tool_calls"}
+                if self._render([*messages[:i], without], where) == through:
+                    raise LorakitError(
+                        f"data: {where}, message {i + 1}: the chat template leaves its tool_calls out, so the answer "
+                        "would be learnt without them; give a template that writes them"
+                    )
             if not (full.startswith(before) and full.startswith(through) and len(through) > len(before) >= end):
                 raise LorakitError(
                     f"data: {where}: the chat template rewrites message {i + 1} when more follow, so its trained part "

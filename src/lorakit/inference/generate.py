@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,12 +72,15 @@ def generate(
     """
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    config = _config(model, sampling, stop, max(map(len, prompts), default=0))
     device = next(model.parameters()).device
     answers: dict[int, Answer] = {}
+    room = context_length(model) - sampling.max_new_tokens
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    easy = [i for i in order if len(prompts[i]) <= room]
+    batches = [easy[start : start + batch_size] for start in range(0, len(easy), batch_size)]
+    batches += [[i] for i in order if len(prompts[i]) > room]  # near the end of the context each goes alone
+    for chosen in batches:
+        config = _config(model, sampling, stop, max(len(prompts[i]) for i in chosen))
         width = max(len(prompts[i]) for i in chosen)
         ids = torch.full((len(chosen), width), config.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -127,7 +131,8 @@ def stream(model: Any, prompt: Sequence[int], stop: Sequence[int], sampling: Sam
             failure.append(error)
             streamer.end()
 
-    thread = threading.Thread(target=work, daemon=True)
+    # A new thread starts outside every `using` block; it has to answer with this one's adapter.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
     thread.start()
     try:
         yield from streamer

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.base.forward import Scorer
+from lorakit.base.load import context_length
 from lorakit.data.dataset import TokenData, answer_of, prompt_key, prompt_of
 from lorakit.data.template import Template
 from lorakit.errors import LorakitError, did_you_mean
@@ -28,11 +29,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Scores:
-    """`values` by metric; `answers` in the order of `questions` (empty when nothing was generated)."""
+    """`values` by metric; `answers` in the order of `questions` (empty when nothing was generated).
+
+    `too_long` counts prompts that fill the model's context, so that no answer could be made.
+    """
 
     values: dict[str, float]
     questions: tuple[Question, ...]
     answers: tuple[Answer, ...]
+    too_long: int = 0
 
     @property
     def unfinished(self) -> int:
@@ -79,6 +84,8 @@ def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
+    if not metrics:
+        raise LorakitError(f"eval: no metric was named; known are {', '.join(METRICS)}")
     for metric in metrics:
         if metric not in METRICS:
             raise LorakitError(f"eval: {metric!r} is none of {', '.join(METRICS)}. {did_you_mean(metric, METRICS)}")
@@ -111,11 +118,14 @@ def evaluate(
             values["loss"] = mean_loss(scorer, data.rows)
     if not {"bleu", "exact"} & set(metrics):
         return Scores(values, (), ())
-    questions = questions_of(data, template, limit)
+    asked = questions_of(data, template, limit)
+    questions = [q for q in asked if len(q.prompt) < context_length(model)]
+    if not questions:
+        return Scores(values, (), (), len(asked))
     answers = generate(model, [q.prompt for q in questions], stop, sampling, batch_size, progress)
     texts, references = [a.text for a in answers], [q.references for q in questions]
     if "bleu" in metrics:
         values["bleu"] = bleu(texts, references)
     if "exact" in metrics:
         values["exact"] = exact_match(texts, references)
-    return Scores(values, tuple(questions), tuple(answers))
+    return Scores(values, tuple(questions), tuple(answers), len(asked) - len(questions))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise LorakitError(f"recipe: {path}{line}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise LorakitError(f"recipe: {path} is not a YAML text file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, RecursionError):
+        raise LorakitError(f"recipe: {path} is not a YAML file of 'key: value' lines") from None
     if value is None:
         raise LorakitError(f"recipe: {path} is empty")
     if not isinstance(value, dict):
@@ -55,7 +56,9 @@ def parse_value(text: str) -> Any:
     """A value typed on the command line: YAML's rules, and 3e-4 is a number."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an impossible date
+        return text
+    if isinstance(value, (datetime.date, datetime.datetime)):
         return text
     if isinstance(value, str):
         try:

@@ -6,6 +6,7 @@ accepted, and what each became is said.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +15,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lorakit.errors import LorakitError, did_you_mean
 
 
+def parse_columns(text: str) -> dict[str, str]:
+    """``"prompt=question,completion=answer"`` → a mapping of part to column."""
+    parts = [part.split("=", 1) for part in text.split(",") if part]
+    if any(len(part) != 2 for part in parts):
+        raise LorakitError(f"columns: write part=column,part=column (prompt=question,completion=answer), not {text!r}")
+    return {part.strip(): column.strip() for part, column in parts}
+
+
 class Recipe(BaseModel):
     """All settings of one training run. ``None`` means: chosen from the data, and said why."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=False)
+    model_config = ConfigDict(extra="forbid", validate_default=False, allow_inf_nan=False)
 
     # what
     model: str = Field(description="the base: tiny, a folder, or a hub id")
@@ -80,12 +89,12 @@ class Recipe(BaseModel):
     keep_best: bool = Field(True, description="end with the weights of the best evaluation")
     patience: int | None = Field(None, ge=1, description="evaluations without gain before stopping early")
     report_to: list[Literal["tensorboard", "wandb"]] = Field([], description="further places for the log")
-    seed: int = Field(0, ge=0, description="of everything random")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
 
     @field_validator("targets", "exclude", mode="before")
     @classmethod
     def _comma(cls, value: Any) -> Any:
-        if isinstance(value, str) and "," in value and not value.startswith("re:"):
+        if isinstance(value, str) and "," in value and re.fullmatch(r"[\w.\-, ]+", value):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
 
@@ -99,12 +108,7 @@ class Recipe(BaseModel):
     @field_validator("columns", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            parts = [part.split("=", 1) for part in value.split(",") if part]
-            if any(len(part) != 2 for part in parts):
-                raise ValueError("write it as part=column,part=column (e.g. prompt=question,completion=answer)")
-            return {part.strip(): column.strip() for part, column in parts}
-        return value
+        return parse_columns(value) if isinstance(value, str) else value
 
 
 # Spellings of other tools → ours. A function gets the value and returns (key, value).
@@ -148,7 +152,9 @@ def _special(key: str, value: Any) -> tuple[str | None, Any, str] | None:
         return ("method", "dora", "method: dora") if truth else (None, None, "dropped: it is off by default")
     if key == "use_rslora":
         return ("method", "rslora", "method: rslora") if truth else (None, None, "dropped: it is off by default")
-    if key in ("bf16", "fp16") and truth:
+    if key in ("bf16", "fp16"):
+        if not truth:
+            return None, None, "dropped: it is off by default"
         return "precision", "bf16" if key == "bf16" else "auto", f"precision: {'bf16' if key == 'bf16' else 'auto'}"
     if key == "warmup_steps":
         raise LorakitError("recipe: warmup_steps is not known here; give warmup_ratio, a share of the steps")
@@ -168,6 +174,17 @@ def apply_aliases(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if key in result and result[key] != value:
             raise LorakitError(f"recipe: {given} and another spelling both set {key}; keep one")
         result[key] = value
+
+    settings = dict(settings)
+    rows = next((k for k in settings if k in ("per_device_train_batch_size", "micro_batch_size")), None)
+    passes = "gradient_accumulation_steps"
+    if rows and isinstance(settings[rows], int) and isinstance(settings.get(passes), int):
+        # Elsewhere a step is rows x passes; here batch_size is the whole step.
+        whole = settings[rows] * settings[passes]
+        said.append(
+            f"{rows} {settings[rows]} x {passes} {settings[passes]} → batch_size {whole} (all passes of a step)"
+        )
+        settings[rows] = whole
 
     for key, value in settings.items():
         key_ = key.replace("-", "_")

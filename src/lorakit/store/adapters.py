@@ -76,6 +76,8 @@ def _write(
     write_json(folder / CONFIG, config)
     if template is not None:
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    else:
+        (folder / TEMPLATE).unlink(missing_ok=True)  # a former adapter's
     write_json(folder / RECORD, {**record, "sha256": {WEIGHTS: _digest(folder / WEIGHTS)}})
 
 
@@ -85,6 +87,7 @@ def read_adapter(folder: Path | str) -> tuple[Adapter, dict[str, torch.Tensor]]:
     Raises:
         LorakitError: missing or damaged files, a pickle, a variant that is not understood.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder).expanduser()
@@ -107,17 +110,46 @@ def read_adapter(folder: Path | str) -> tuple[Adapter, dict[str, torch.Tensor]]:
             )
         raise LorakitError(f"adapter: {folder} has no {WEIGHTS}")
     config = read_json(folder / CONFIG)
-    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    record = _checked(read_json(folder / RECORD), folder / RECORD) if (folder / RECORD).exists() else {}
     expected = record.get("sha256", {}).get(WEIGHTS)
     read_header(weights)
     if expected and _digest(weights) != expected:
         raise LorakitError(
             f"{weights} is not the file that {RECORD} was written with (checksum differs): it is damaged or was replaced"
         )
-    adapter, whole = from_peft(config, load_file(weights), str(folder))
-    if (folder / TEMPLATE).exists():
-        record = {**record, "template_text": (folder / TEMPLATE).read_text(encoding="utf-8")}
+    try:
+        adapter, whole = from_peft(config, load_file(weights), str(folder))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise LorakitError(f"{folder / CONFIG} has a value of the wrong kind ({error})") from None
+    except SafetensorError as error:
+        raise LorakitError(f"{weights} is damaged: {error}; fetch or save it again") from None
+    record = {**record, **_template(folder, record)}
     # PEFT can leave layers out in ways its list of targets does not show.
     partial = bool(config.get("exclude_modules") or config.get("layers_to_transform"))
     extra = {"peft_partial": partial, "peft_base": config.get("base_model_name_or_path")}
     return Adapter(adapter.plan, adapter.tensors, {**record, **extra}), whole
+
+
+def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Our own record, with every part that is used of the kind that is expected."""
+    kinds: dict[str, type] = {"base": dict, "template": dict, "sha256": dict, "stop_token_ids": list}
+    for key, kind in kinds.items():
+        if key in record and not isinstance(record[key], kind):
+            raise LorakitError(f"{path}: {key} should be a {kind.__name__}, found {type(record[key]).__name__}")
+    if not all(isinstance(token, int) for token in record.get("stop_token_ids", ())):
+        raise LorakitError(f"{path}: stop_token_ids should be whole numbers")
+    return record
+
+
+def _template(folder: Path, record: dict[str, Any]) -> dict[str, str]:
+    """The chat template beside an adapter, if it is the one the adapter was trained with."""
+    path = folder / TEMPLATE
+    expected = record.get("template", {}).get("sha256")
+    if not path.exists():
+        if expected:
+            raise LorakitError(f"{path} is missing: the adapter was trained with that template. Copy it along")
+        return {}
+    text = path.read_text(encoding="utf-8")
+    if expected and hashlib.sha256(text.encode()).hexdigest() != expected:
+        raise LorakitError(f"{path} is not the template that the adapter was trained with (checksum differs)")
+    return {"template_text": text}

@@ -113,7 +113,13 @@ def _check_base(model: nn.Module, adapter: Adapter, where: str, any_base: bool) 
     made_for: Any = adapter.record.get("base") or {}
     info = getattr(model, "base_info", None)
     wanted = made_for.get("fingerprint")
-    if not wanted or any_base:
+    if any_base or not made_for:
+        return
+    if not wanted:
+        warnings.warn(
+            f"{where} was trained on a base made in memory, which has no fingerprint; only names and shapes were compared",
+            stacklevel=4,
+        )
         return
     if info is None or info.fingerprint is None:
         warnings.warn(
@@ -191,6 +197,7 @@ def attach(model: nn.Module, method: Method | None = None, *, name: str = "defau
         if isinstance(model, AdaptedModel) and model.mounted:
             raise LorakitError("full fine-tuning trains the base itself; unmount the adapters first")
         model.requires_grad_(True)
+        model.trains_base = True  # type: ignore[assignment]
         return model
     plan = method.plan(model)
     attached = extend_model(model, AttachedModel)

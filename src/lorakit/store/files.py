@@ -27,9 +27,9 @@ def friendly_io(path: Path) -> Iterator[None]:
             ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise LorakitError(f"{path}: cannot be written (read-only, or not yours)") from None
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise LorakitError(f"{path}: a file stands where a folder is needed") from None
-        raise
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise LorakitError(f"{path}: a file stands where a folder is needed, or a folder where a file is") from None
+        raise LorakitError(f"{path}: {error.strerror or error}") from None
 
 
 def sync(path: Path) -> None:
@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or one line that says where it is broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, IsADirectoryError):
         raise LorakitError(f"{path} is not a text file") from None
     except json.JSONDecodeError as error:
         raise LorakitError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None

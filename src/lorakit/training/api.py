@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lorakit.recipes.schema import apply_aliases, build_recipe, default_output
 from lorakit.training.console import ConsoleWatcher, SilentWatcher
 from lorakit.training.loop import Watcher
 from lorakit.training.prepare import prepare
-from lorakit.training.run import Run, claim, execute
+from lorakit.training.run import Run, check_free, execute
 
 
 def train(
@@ -40,7 +42,8 @@ def train(
     Raises:
         LorakitError: see `prepare` and `execute`.
     """
-    given, _ = apply_aliases(settings)
+    watcher = watcher or (SilentWatcher() if quiet else ConsoleWatcher())
+    given, said = apply_aliases(settings)
     name = model if isinstance(model, str) else getattr(getattr(model, "base_info", None), "name", "in-memory")
     loaded: Any = None if isinstance(model, str) else model
     if loaded is not None:
@@ -49,28 +52,27 @@ def train(
         if not hasattr(loaded, "tokenizer"):
             raise LorakitError("train: this model brings no tokenizer; give tokenizer=")
         if getattr(loaded, "mounted", ()):
-            adapter_keys = {
-                "method",
-                "rank",
-                "alpha",
-                "targets",
-                "dropout",
-                "exclude",
-                "init",
-                "rank_pattern",
-                "alpha_pattern",
-            }
-            clash = adapter_keys & set(given)
-            if clash:
-                raise LorakitError(
-                    f"train: the model already carries an adapter, so {', '.join(sorted(clash))} would be ignored"
-                )
-            method = loaded.adapter().plan.method
-            given |= {"rank": getattr(method, "rank", None), "alpha": getattr(method, "alpha", 32.0)}
-        elif any(p.requires_grad for p in loaded.parameters()):
+            given |= _described(loaded, given)
+        elif getattr(loaded, "trains_base", False):
             given.setdefault("method", "full")
     recipe = build_recipe({"model": name, "data": data, **given}, "train")
     folder = Path(recipe.output_dir or default_output(recipe))
-    claim(folder, overwrite)
+    check_free(folder, overwrite)
     prepared = prepare(recipe, loaded)
-    return execute(prepared, folder, watcher or (SilentWatcher() if quiet else ConsoleWatcher()))
+    for line in [*said, *prepared.notes, *(f"{d.key}: {d.value} ({d.reason})" for d in prepared.defaults)]:
+        watcher.note(line)
+    return execute(prepared, folder, watcher, overwrite=overwrite)
+
+
+def _described(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's words for the adapter a model carries, so that the run can be resumed from them."""
+    if model.active is None:
+        raise LorakitError("train: the model's adapters are switched off; model.switch(name) says which one to train")
+    method = model.adapter().plan.method
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    rslora = fields.pop("use_rslora", False)
+    described = {"method": "rslora" if rslora else method.name, **fields}
+    clash = sorted(key for key in described if key in given and given[key] != described[key])
+    if clash:
+        raise LorakitError(f"train: the model already carries an adapter, so {', '.join(clash)} would be ignored")
+    return {key: dict(v) if isinstance(v, Mapping) else v for key, v in described.items()}

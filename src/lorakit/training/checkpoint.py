@@ -7,6 +7,7 @@ JSON only. Each file's checksum is recorded; a damaged checkpoint is passed over
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
 from lorakit.errors import LorakitError
-from lorakit.store.files import friendly_io, new_folder, read_json, write_json
+from lorakit.store.files import friendly_io, new_folder, read_json, sync, write_json
 
 
 @dataclass
@@ -35,19 +35,20 @@ class Progress:
     last_losses: list[float] = field(default_factory=list)
     best_loss: float | None = None
     best_step: int | None = None
+    best_checksum: str = ""
     evaluations_without_gain: int = 0
     alarmed: bool = False
     stopped_early: bool = False
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def random_state() -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     return state
 
 
-def _restore_random_state(state: Mapping[str, torch.Tensor]) -> None:
+def restore_random_state(state: Mapping[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     for name, value in state.items():
         if name.startswith("cuda.") and torch.cuda.is_available():
@@ -89,7 +90,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
-        return sorted(int(p.name[5:]) for p in self.folder.glob("step-*") if (p / "state.json").exists())
+        names = (re.fullmatch(r"step-(\d{7,})", path.name) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
@@ -109,7 +111,7 @@ class Checkpoints:
             sums = {
                 "trained.safetensors": _write(scratch / "trained.safetensors", self.parameters),
                 "optimizer.safetensors": _write(scratch / "optimizer.safetensors", optimizer),
-                "random.safetensors": _write(scratch / "random.safetensors", _random_state()),
+                "random.safetensors": _write(scratch / "random.safetensors", random_state()),
             }
             write_json(scratch / "state.json", {"progress": asdict(progress), "sha256": sums})
         self._prune(progress)
@@ -120,12 +122,15 @@ class Checkpoints:
             shutil.rmtree(self._path(step))
         for leftover in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
             shutil.rmtree(leftover, ignore_errors=True)
-        needed = {progress.best_step}
+        needed = {self._best_path(progress.best_step or 0).name}
         for step in steps[-self.keep :]:
-            needed.add(read_json(self._path(step) / "state.json")["progress"]["best_step"])
+            needed.add(self._best_path(self._state(step)["progress"]["best_step"] or 0).name)
         for path in self.folder.glob("best-*.safetensors"):
-            if int(path.stem[5:]) not in needed:
+            if path.name not in needed:
                 path.unlink()
+
+    def _state(self, step: int) -> dict[str, Any]:
+        return read_json(self._path(step) / "state.json")
 
     def restore(self) -> tuple[Progress, list[str]]:
         """Put the newest whole checkpoint into the parameters, optimisers and random state.
@@ -139,9 +144,14 @@ class Checkpoints:
         notes: list[str] = []
         for step in reversed(self.steps()):
             try:
-                return self._restore(self._path(step)), notes
-            except (LorakitError, OSError, KeyError, SafetensorError) as error:
+                progress = self._restore(step)
+            except Exception as error:  # whatever is wrong with it, the one before may be whole
                 notes.append(f"checkpoint step-{step:07d} is damaged ({error}); going back to the one before")
+                continue
+            for later in self.steps():
+                if later > step:  # damaged, and about to be made again
+                    shutil.rmtree(self._path(later))
+            return progress, notes
         raise LorakitError(f"{self.folder}: no whole checkpoint to resume from" + (f" ({notes[0]})" if notes else ""))
 
     def _read(self, path: Path, checksum: str) -> dict[str, torch.Tensor]:
@@ -150,8 +160,9 @@ class Checkpoints:
             raise LorakitError(f"{path.name}: checksum differs")
         return load(data)
 
-    def _restore(self, path: Path) -> Progress:
-        state = read_json(path / "state.json")
+    def _restore(self, step: int) -> Progress:
+        path, state = self._path(step), self._state(step)
+        progress = Progress(**state["progress"])
         # Everything is read and checked before anything is changed.
         trained, optimizer, random = (
             self._read(path / f"{name}.safetensors", state["sha256"][f"{name}.safetensors"])
@@ -168,22 +179,31 @@ class Checkpoints:
                 if int(owner) == o:
                     states.setdefault(int(index), {})[key] = _laid_out_as(owned[int(index)], tensor)
             opt.load_state_dict({"state": states, "param_groups": opt.state_dict()["param_groups"]})
-        _restore_random_state(random)
-        return Progress(**state["progress"])
+        restore_random_state(random)
+        return progress
 
     def _assign(self, tensors: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
 
-    def save_best(self, step: int) -> None:
-        """Keep the present weights as the best so far."""
+    def save_best(self, step: int) -> str:
+        """Keep the present weights as the best so far; gives their checksum."""
         path = self._best_path(step)
         with friendly_io(path):
             scratch = path.with_name(f".{path.name}.part")
-            _write(scratch, self.parameters)
+            checksum = _write(scratch, self.parameters)
+            sync(scratch)
             scratch.replace(path)
+        return checksum
 
-    def load_best(self, step: int) -> None:
-        """Put the best weights into the parameters."""
-        self._assign(load(self._best_path(step).read_bytes()))
+    def load_best(self, step: int, checksum: str) -> None:
+        """Put the best weights into the parameters.
+
+        Raises:
+            LorakitError: they are missing or damaged.
+        """
+        path = self._best_path(step)
+        if not path.exists():
+            raise LorakitError(f"{path} is missing")
+        self._assign(self._read(path, checksum))

@@ -23,7 +23,7 @@ from lorakit.base.forward import Scorer
 from lorakit.data.batches import BatchPlan, micro_batches
 from lorakit.errors import LorakitError
 from lorakit.recipes.schema import Recipe
-from lorakit.training.checkpoint import Checkpoints, Progress
+from lorakit.training.checkpoint import Checkpoints, Progress, random_state, restore_random_state
 from lorakit.training.events import EventLog
 from lorakit.training.optim import build_optimizers, lr_factor
 
@@ -106,12 +106,16 @@ class Loop:
         """
         count = sum(self.rows[i].loss_tokens for i in indices)
         total = torch.zeros((), device=self.scorer.device)
-        for part in micro_batches(indices, self._cost, self.recipe.micro_tokens, self.recipe.grad_accum):
+        for part in self._parts(indices):
             with self._arithmetic():
                 loss = self.scorer.loss_sum([self.rows[i] for i in part]) / count
             loss.backward()
             total += loss.detach()
         return float(total)
+
+    def _parts(self, indices: Sequence[int]) -> list[list[int]]:
+        """The forward passes of a step."""
+        return micro_batches(indices, self._cost, self.recipe.micro_tokens, self.recipe.grad_accum)
 
     def _cost(self, indices: Sequence[int]) -> int:
         return self.scorer.cost([self.rows[i] for i in indices])
@@ -130,28 +134,28 @@ class Loop:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise LorakitError(
                 f"training: the loss is {loss} and the gradient norm {norm} at step {step + 1}; nothing was applied. "
-                f"Lower lr (it is {recipe.lr:g}), or resume from the last checkpoint with another one"
+                f"Start again with a lower lr (it is {recipe.lr:g})"
             )
         for optimizer in self.optimizers:
             optimizer.step()
         return loss, norm, lr
 
     def rehearse(self) -> None:
-        """The heaviest batch of the first pass, forward and backward, before anything counts.
+        """The heaviest forward pass of the first epoch, forward and backward, before anything counts.
 
         If memory does not suffice, it fails in the first second and not at step 128.
         """
         steps = min(self.total, self.plan.steps_per_epoch)
-        heaviest = max((self.plan.step(i) for i in range(steps)), key=self._cost)
-        state = torch.get_rng_state()
+        heaviest = max((part for i in range(steps) for part in self._parts(self.plan.step(i))), key=self._cost)
+        state = random_state()
         try:
             self._backward(heaviest)
         except torch.OutOfMemoryError:
             raise LorakitError(
-                f"training: the heaviest step ({self._cost(heaviest)} tokens) does not fit in the device's memory. "
+                f"training: the heaviest batch ({self._cost(heaviest)} tokens) does not fit in the device's memory. "
                 f"Lower micro_tokens (it is {self.recipe.micro_tokens}), or set checkpointing: true"
             ) from None
-        torch.set_rng_state(state)
+        restore_random_state(state)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
@@ -172,7 +176,7 @@ class Loop:
         if is_best:
             progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
             if self.recipe.keep_best:
-                self.checkpoints.save_best(progress.step)
+                progress.best_checksum = self.checkpoints.save_best(progress.step)
         else:
             progress.evaluations_without_gain += 1
         log.write("eval", progress.step, loss=loss, best=is_best)
@@ -191,20 +195,43 @@ class Loop:
         progress = self.progress
         self.model.train()
         self.watcher.begin(self.total, progress)
-        with self._signals(), self.scorer.active():
-            if progress.step < self.total:
-                self.rehearse()
-            if progress.step == 0 and not self.checkpoints.steps():
-                if self.held_out:
-                    self._evaluate(log)
-                self.checkpoints.save(progress)  # a disk that is full should say so now
-            while progress.step < self.total and not progress.stopped_early:
-                self._one(log)
-        if self.recipe.keep_best and progress.best_step is not None:
-            self.checkpoints.load_best(progress.best_step)
+        try:
+            with self._signals(), self.scorer.active():
+                if progress.step < self.total:
+                    self.rehearse()
+                if progress.step == 0 and not self.checkpoints.steps():
+                    if self.held_out:
+                        self._evaluate(log)
+                    self.checkpoints.save(progress)  # a disk that is full should say so now
+                while progress.step < self.total and not progress.stopped_early:
+                    self._one(log)
+        finally:
+            self.watcher.end()
+        self._keep_best()
+        if not all(torch.isfinite(p).all() for p in self.parameters.values()):
+            raise LorakitError(
+                f"training: the trained weights are not finite; nothing was saved. Lower lr (it is {self.recipe.lr:g})"
+            )
         self.model.eval()
-        self.watcher.end()
         return progress
+
+    def _keep_best(self) -> None:
+        progress = self.progress
+        if not self.recipe.keep_best or progress.best_step in (None, progress.step):
+            return
+        assert progress.best_step is not None
+        try:
+            self.checkpoints.load_best(progress.best_step, progress.best_checksum)
+        except LorakitError as error:
+            self.watcher.note(f"the best weights cannot be read ({error}); the last ones are kept")
+            return
+        if progress.best_step == 0:
+            self.watcher.note(
+                "no evaluation was better than the start: the result is the base unchanged. Try another lr, or look at: "
+                "lorakit data check"
+            )
+        else:
+            self.watcher.note(f"the weights of step {progress.best_step} are kept: the best held-out loss")
 
     def _one(self, log: EventLog) -> None:
         progress, recipe = self.progress, self.recipe
@@ -231,7 +258,6 @@ class Loop:
         if last or self._stop or progress.stopped_early or progress.step % (recipe.save_steps or self.total) == 0:
             self.checkpoints.save(progress)
         if self._stop and not last:
-            self.watcher.end()
             raise Interrupted(progress.step)
 
     def _alarm(self, loss: float, log: EventLog) -> None:

@@ -12,9 +12,11 @@ import torch
 from lorakit.adapters.methods import DoRA, Full, LoRA, Method
 from lorakit.adapters.plan import AdapterPlan
 from lorakit.base.batch import TokenRow
+from lorakit.base.devices import fast_bf16
 from lorakit.base.forward import Scorer
 from lorakit.base.load import context_length, load_base
-from lorakit.data.dataset import TokenData, encode, hold_out, read_examples
+from lorakit.base.precision import choose_precision
+from lorakit.data.dataset import TokenData, encode, end_tokens, hold_out, read_examples
 from lorakit.data.formats import Example
 from lorakit.data.template import Template
 from lorakit.errors import LorakitError
@@ -81,6 +83,8 @@ def prepare(recipe: Recipe, model: Any = None, progress: ExampleProgress = iter)
         LorakitError: anything in the recipe, the data or the base that would go wrong later.
     """
     notes: list[str] = []
+    if recipe.method == "full":
+        _refuse_adapter_keys(recipe)
     examples, form = read_examples(recipe.data, recipe.format, recipe.columns, recipe.max_rows)
     if model is None:
         # Full fine-tuning keeps fp32 masters; bf16 is then the arithmetic, not the storage.
@@ -95,7 +99,11 @@ def prepare(recipe: Recipe, model: Any = None, progress: ExampleProgress = iter)
         )
     info = getattr(model, "base_info", None)
     if info is not None:
-        precision = recipe.precision if recipe.method == "full" else info.precision
+        precision = info.precision
+        if recipe.method == "full":
+            precision = choose_precision(recipe.precision, info.device.partition(":")[0]).value
+            if precision == "bf16" and not fast_bf16(info.device):
+                notes.append("this device has no fast bf16: the arithmetic is fp32, the result is saved in bf16")
         recipe = recipe.model_copy(update={"precision": precision, "device": info.device})
     template = Template(model.tokenizer, recipe.template)
     context = context_length(model)
@@ -114,6 +122,8 @@ def prepare(recipe: Recipe, model: Any = None, progress: ExampleProgress = iter)
             f"model: its tokenizer makes token {largest}, but the model has embeddings for {known} tokens only; "
             "the two do not belong together"
         )
+    if not end_tokens(data, model.tokenizer):
+        notes.append("no row ends with a special token, so a trained model may not know where to stop")
     data, held_out = _split(recipe, data, template, max_length, notes)
 
     attached = getattr(model, "mounted", ())
@@ -132,6 +142,13 @@ def prepare(recipe: Recipe, model: Any = None, progress: ExampleProgress = iter)
     return Prepared(
         recipe, model, template, data, held_out, scorer, plan, tuple(defaults), trainable, tuple(notes)
     )  # fmt: skip
+
+
+def _refuse_adapter_keys(recipe: Recipe) -> None:
+    """Settings of an adapter mean nothing where there is none."""
+    for key in ("rank", "targets", "exclude", "dropout", "init", "rank_pattern", "alpha_pattern", "lr_b_ratio"):
+        if getattr(recipe, key) != Recipe.model_fields[key].default:
+            raise LorakitError(f"recipe: {key} is for adapters; with method: full every weight is trained")
 
 
 def _split(
@@ -162,7 +179,7 @@ def _facts(model: Any, plan: AdapterPlan, data: TokenData, held_out: TokenData |
         nats = mean_loss(scorer, sample)
     if not math.isfinite(nats):
         raise LorakitError("model: the base's own loss on this data is not finite; its weights are damaged")
-    dims = [(m.in_features, m.out_features) for m in plan.modules if m.kind != "embedding"] or [(32, 32)]
+    dims = [(m.in_features, m.out_features) for m in plan.modules] or [(32, 32)]
     config = model.config.get_text_config()
     return RunFacts(
         rows=len(data.rows),

@@ -14,7 +14,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ from lorakit.training.loop import Loop, Watcher
 from lorakit.training.plot import plot_losses
 from lorakit.training.prepare import Prepared, versions
 
+_WRITTEN = {
+    ".lock", "recipe.yaml", "manifest.json", "events.jsonl", "summary.json", "checkpoints", "adapter", "model",
+    "loss.png", "tensorboard", "wandb",
+}  # fmt: skip
 RECIPE, MANIFEST, EVENTS, SUMMARY = "recipe.yaml", "manifest.json", "events.jsonl", "summary.json"
 
 
@@ -65,25 +69,36 @@ def is_resumable(folder: Path) -> bool:
     return (folder / RECIPE).exists() and not (folder / SUMMARY).exists() and any(folder.glob("checkpoints/step-*"))
 
 
-def claim(folder: Path, overwrite: bool = False) -> None:
-    """Make sure a new run does not write over another one.
+def check_free(folder: Path, overwrite: bool = False) -> None:
+    """Make sure that a new run in this folder would not destroy anything; changes nothing itself.
 
     Raises:
-        LorakitError: the folder holds a run, or other files.
+        LorakitError: the folder holds a run (and `overwrite` is not set), or files of somebody else's.
     """
     if not folder.exists():
         return
-    if (folder / RECIPE).exists():
-        begun = (folder / SUMMARY).exists() or any(folder.glob("checkpoints/step-*"))
-        if overwrite or not begun:  # a run that died before its first checkpoint is no loss
-            shutil.rmtree(folder)
-            return
-        how = f"continue it with: lorakit resume {folder}" if is_resumable(folder) else "it is finished"
-        raise LorakitError(f"{folder} already holds a run ({how}). Give another output_dir, or --overwrite")
-    if folder.is_file() or any(p.name != ".lock" for p in folder.iterdir()):
+    if folder.is_file():
+        raise LorakitError(f"{folder} is a file, not a folder; it was not touched. Give another output_dir")
+    names = {path.name for path in folder.iterdir()}
+    begun = (folder / SUMMARY).exists() or any(folder.glob("checkpoints/step-*"))
+    if (folder / MANIFEST).exists() and begun:
+        if not overwrite:
+            how = f"continue it with: lorakit resume {folder}" if is_resumable(folder) else "it is finished"
+            raise LorakitError(f"{folder} already holds a run ({how}). Give another output_dir, or --overwrite")
+    elif not names <= _WRITTEN:
         raise LorakitError(
             f"{folder} exists and is not a run folder; nothing in it was touched. Give another output_dir"
         )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a former run wrote, and nothing else. Called with the lock held."""
+    for name in _WRITTEN - {".lock"}:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def stored_recipe(folder: Path) -> Recipe:
@@ -131,8 +146,19 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
             )
 
 
-def execute(prepared: Prepared, folder: Path, watcher: Watcher, resume: bool = False) -> Run:
+def execute(
+    prepared: Prepared,
+    folder: Path,
+    watcher: Watcher,
+    resume: bool = False,
+    overwrite: bool = False,
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda summary: summary,
+) -> Run:
     """Train a prepared run in its folder, from the start or from its newest whole checkpoint.
+
+    Args:
+        overwrite: replace a run that is in the folder; it is removed only now, when all is checked.
+        complete: adds to the summary (scores, say) before it is written; a run with a summary is finished.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
@@ -144,8 +170,10 @@ def execute(prepared: Prepared, folder: Path, watcher: Watcher, resume: bool = F
         if resume:
             _check_same(read_json(folder / MANIFEST), manifest, folder)
         else:
+            check_free(folder, overwrite)
             with friendly_io(folder):
-                (folder / "checkpoints").mkdir(exist_ok=True)
+                _clear(folder)
+                (folder / "checkpoints").mkdir()
                 (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
             write_json(folder / MANIFEST, manifest)
         loop = Loop(
@@ -168,7 +196,10 @@ def execute(prepared: Prepared, folder: Path, watcher: Watcher, resume: bool = F
             log.write("end", loop.progress.step)
         finally:
             log.close()
-        return _finish(prepared, loop, folder)
+        run = _finish(prepared, loop, folder)
+        run.summary.update(complete(run.summary))
+        write_json(folder / SUMMARY, run.summary)
+        return run
 
 
 def _finish(prepared: Prepared, loop: Loop, folder: Path) -> Run:
@@ -178,7 +209,7 @@ def _finish(prepared: Prepared, loop: Loop, folder: Path) -> Run:
         result = _save_model(model, folder / "model", prepared)
     else:
         model.describe(**_record(prepared))
-        result = model.save(folder / "adapter", template=prepared.template.chat)
+        result = model.save(folder / "adapter")
     plot_losses(read_events(folder / EVENTS), folder / "loss.png")
     weights = list(result.rglob("*.safetensors"))
     summary = {
@@ -195,7 +226,6 @@ def _finish(prepared: Prepared, loop: Loop, folder: Path) -> Run:
         "trainable_parameters": prepared.trainable,
         "bytes": sum(p.stat().st_size for p in weights),
     }
-    write_json(folder / SUMMARY, summary)
     return Run(folder, result, model, summary)
 
 
@@ -203,21 +233,29 @@ def _record(prepared: Prepared) -> dict[str, Any]:
     """What `lorakit.json` tells beyond PEFT's config."""
     return {
         "template": {"origin": prepared.template.origin, "sha256": prepared.template.sha256},
+        "template_text": prepared.template.chat,
         "data_fingerprint": prepared.data.fingerprint(),
         "stop_token_ids": stop_tokens(prepared.model, prepared.data),
     }
 
 
 def _save_model(model: Any, folder: Path, prepared: Prepared) -> Path:
-    """A whole model with its tokenizer, in the precision its config names."""
-    with new_folder(folder) as scratch:
-        dtype = model.config.dtype
-        if prepared.recipe.precision == "bf16" or prepared.recipe.weights == "random":
-            dtype = torch.bfloat16
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        keep, model.config.dtype = model.config.dtype, dtype
-        model.save_pretrained(scratch, state_dict=state)
-        model.config.dtype = keep
-        tokenizer = model.tokenizer
-        tokenizer.save_pretrained(scratch)
+    """A whole model with its tokenizer and template, in the precision its config names."""
+    recipe, tokenizer = prepared.recipe, model.tokenizer
+    narrow = recipe.precision == "bf16" or recipe.weights == "random"
+    dtype = torch.bfloat16 if narrow else model.config.dtype
+    copies: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, so that they are written once
+    state = {
+        name: copies.setdefault(t.data_ptr(), t.to(dtype) if t.is_floating_point() else t)
+        for name, t in model.state_dict().items()
+    }
+    tokenizer.chat_template = prepared.template.chat
+    model.generation_config.eos_token_id = stop_tokens(model, prepared.data)
+    before, model.config.dtype = model.config.dtype, dtype
+    try:
+        with new_folder(folder) as scratch:
+            model.save_pretrained(scratch, state_dict=state)
+            tokenizer.save_pretrained(scratch)
+    finally:
+        model.config.dtype = before
     return folder
