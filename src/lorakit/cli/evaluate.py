@@ -30,7 +30,7 @@ def evaluate(
 
     from lorakit.base.forward import Scorer
     from lorakit.base.load import context_length
-    from lorakit.cli.show import console, counting, note
+    from lorakit.cli.show import console, counting, heading, note
     from lorakit.cli.target import open_target
     from lorakit.data.dataset import encode, read_examples
     from lorakit.inference.generate import Sampling
@@ -57,7 +57,8 @@ def evaluate(
                 opened.model, rows, opened.template, opened.stop, wanted, Sampling(max_new_tokens),
                 limit=limit, scorer=scorer, progress=advance,
             )  # fmt: skip
-    table = Table(title=f"{opened.label} on {data} ({len(rows.rows)} rows)", title_justify="left")
+    heading(f"{opened.label} on {data} ({len(rows.rows)} rows)")
+    table = Table()
     for column in ("", *results):
         table.add_column(column, justify="right" if column else "left")
     for metric in wanted:

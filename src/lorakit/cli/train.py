@@ -279,7 +279,8 @@ def _finish(run: Run, prepared: Prepared, before: Scores | None, after: Scores |
     if after and after.too_long:
         note(f"{after.too_long} prompts fill the model's context and were not answered")
     if before and after and tested:
-        table = Table(title=f"{prepared.recipe.test_data}", title_justify="left")
+        heading(f"Scores on {prepared.recipe.test_data}")
+        table = Table()
         for column in ("", "base", kind):
             table.add_column(column, justify="right" if column else "left")
         names = {"loss": "loss (nats per token)", "bleu": "BLEU (all references)", "exact": "exact match"}
