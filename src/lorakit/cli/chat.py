@@ -18,7 +18,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.", min=0, max=1)] = 0.95,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16.")] = "auto",
-    any_base: Annotated[bool, typer.Option(help="Accept an adapter of another base.")] = False,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Accept an adapter of another base.")] = False,
 ) -> None:
     """Talk to a run, an adapter or a model."""
     from lorakit.base.load import context_length

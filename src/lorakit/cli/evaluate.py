@@ -23,9 +23,12 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write scores and every answer as JSON.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16.")] = "auto",
-    any_base: Annotated[bool, typer.Option(help="Accept an adapter of another base.")] = False,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Accept an adapter of another base.")] = False,
 ) -> None:
-    """Score a run, an adapter or a model; all references of a prompt count."""
+    """Score a run, an adapter or a model.
+
+    Every answer is compared with all references that the data has for its prompt.
+    """
     from rich.table import Table
 
     from lorakit.base.forward import Scorer

@@ -18,10 +18,10 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.", min=0, max=1)] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    compare: Annotated[bool, typer.Option(help="Show the base's answer too.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base's answer too.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16.")] = "auto",
-    any_base: Annotated[bool, typer.Option(help="Accept an adapter of another base.")] = False,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Accept an adapter of another base.")] = False,
 ) -> None:
     """Answer prompts with a run, an adapter or a model."""
     prompts = list(prompt or [])

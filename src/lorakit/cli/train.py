@@ -30,10 +30,10 @@ def train(
     model: Annotated[str | None, typer.Option(help="The base: tiny, a folder, or a hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="Examples: JSONL, JSON, CSV, Parquet, a folder, a hub id.")] = None,
     resume: Annotated[str, typer.Option(help="'auto' continues a run that was interrupted.")] = "no",
-    overwrite: Annotated[bool, typer.Option(help="Replace a run that is in the output folder.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Plan and check everything, train nothing.")] = False,
-    keys: Annotated[bool, typer.Option(help="List every key of the recipe.")] = False,
-    schema: Annotated[bool, typer.Option(help="Print the recipe's JSON schema.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in the output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check everything, train nothing.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key of the recipe.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON schema.")] = False,
 ) -> None:
     """Fine-tune a model on a file of examples.
 
@@ -78,7 +78,10 @@ def train(
 
 
 def resume(run: Annotated[Path, typer.Argument(help="The run's folder.")]) -> None:
-    """Continue an interrupted run, exactly where its last checkpoint stands."""
+    """Continue an interrupted run.
+
+    It goes on exactly where its last whole checkpoint stands.
+    """
     _resume(run)
 
 
