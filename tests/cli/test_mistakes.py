@@ -326,6 +326,14 @@ class TestNothingIsLost:
             refused(train(folder / "recipe.yaml", *extra, data=None, output_dir=folder), "not a run folder")
         assert {p.name for p in folder.iterdir()} == {"recipe.yaml", "mine.jsonl"}
 
+    @pytest.mark.parametrize("name", ["adapter", "model", "recipe.yaml", "manifest.json"])
+    def test_what_only_looks_like_a_run_is_left_alone(self, train, tmp_path, name: str) -> None:
+        (tmp_path / "run").mkdir()
+        mine = tmp_path / "run" / name
+        mine.write_text('{"name": "my web app"}')
+        refused(train("--overwrite"), "not a run folder")
+        assert mine.exists()
+
     def test_overwriting_begins_when_all_is_checked(self, train, tmp_path) -> None:
         assert train()[0] == 0
         refused(train("--overwrite", data=tmp_path / "typo.jsonl"), "no file")

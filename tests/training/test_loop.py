@@ -193,6 +193,15 @@ def test_a_damaged_checkpoint_is_passed_over(small_model, rows_file, tmp_path) -
     )
 
 
+def test_an_older_damaged_checkpoint_does_not_stop_a_run(small_model, rows_file, tmp_path) -> None:
+    given = recipe(small_model, rows_file)
+    with pytest.raises(Interrupted):
+        execute(prepare(given), tmp_path / "run", Stopper(at=9))
+    (tmp_path / "run/checkpoints/step-0000008/state.json").write_text("")
+    run = execute(prepare(stored_recipe(tmp_path / "run")), tmp_path / "run", SilentWatcher(), resume=True)
+    assert run.summary["steps"] == 12
+
+
 def test_resuming_with_other_data_is_refused(small_model, rows_file, tmp_path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_bytes(rows_file.read_bytes())

@@ -6,6 +6,7 @@ JSON only. Each file's checksum is recorded; a damaged checkpoint is passed over
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -124,7 +125,8 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
         needed = {self._best_path(progress.best_step or 0).name}
         for step in steps[-self.keep :]:
-            needed.add(self._best_path(self._state(step)["progress"]["best_step"] or 0).name)
+            with contextlib.suppress(LorakitError, OSError, KeyError):  # a damaged one needs nothing
+                needed.add(self._best_path(self._state(step)["progress"]["best_step"] or 0).name)
         for path in self.folder.glob("best-*.safetensors"):
             if path.name not in needed:
                 path.unlink()

@@ -28,7 +28,8 @@ def lr_factor(step: int, total: int, schedule: str, warmup_ratio: float, floor: 
     return floor + (1 - floor) * falling
 
 
-def _adamw(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+def _adamw(parameters: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW over parameters, or over groups of them; fused where the device has it."""
     options: dict[str, Any] = {
         "lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps, "weight_decay": recipe.weight_decay,
     }  # fmt: skip
@@ -46,16 +47,12 @@ def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) 
     """
     parameters = [(name, p) for name, p in named if p.requires_grad]
     if recipe.optimizer == "adamw":
-        if recipe.lr_b_ratio == 1:
-            return [_adamw([p for _, p in parameters], recipe)]
-        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns faster than A.
-        sides: dict[float, list[nn.Parameter]] = {1.0: [], recipe.lr_b_ratio: []}
-        for name, p in parameters:
-            sides[recipe.lr_b_ratio if name.endswith("lora_B") else 1.0].append(p)
-        made = [_adamw(side, recipe) for side in sides.values() if side]
-        for optimizer, ratio in zip(made, (r for r, side in sides.items() if side), strict=True):
-            optimizer.param_groups[0]["ratio"] = ratio
-        return made
+        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns `ratio` times as fast as the rest.
+        sides = (
+            {"params": [p for name, p in parameters if name.endswith("lora_B") == is_b], "ratio": ratio}
+            for is_b, ratio in ((False, 1.0), (True, recipe.lr_b_ratio))
+        )
+        return [_adamw([side for side in sides if side["params"]], recipe)]
     if recipe.method != "full":
         raise LorakitError("optimizer: muon is for method full; adapters are trained with adamw")
 

@@ -79,16 +79,25 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
         return
     if folder.is_file():
         raise LorakitError(f"{folder} is a file, not a folder; it was not touched. Give another output_dir")
-    names = {path.name for path in folder.iterdir()}
+    if not _is_run(folder):
+        if any(path.name not in (".lock", ".manifest.json.tmp") for path in folder.iterdir()):
+            raise LorakitError(
+                f"{folder} exists and is not a run folder; nothing in it was touched. Give another output_dir"
+            )
+        return
+    # A run that died before its first checkpoint is no loss.
     begun = (folder / SUMMARY).exists() or any(folder.glob("checkpoints/step-*"))
-    if (folder / MANIFEST).exists() and begun:
-        if not overwrite:
-            how = f"continue it with: lorakit resume {folder}" if is_resumable(folder) else "it is finished"
-            raise LorakitError(f"{folder} already holds a run ({how}). Give another output_dir, or --overwrite")
-    elif not names <= _WRITTEN:
-        raise LorakitError(
-            f"{folder} exists and is not a run folder; nothing in it was touched. Give another output_dir"
-        )
+    if begun and not overwrite:
+        how = f"continue it with: lorakit resume {folder}" if is_resumable(folder) else "it is finished"
+        raise LorakitError(f"{folder} already holds a run ({how}). Give another output_dir, or --overwrite")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a manifest of ours is there: the first thing a run writes."""
+    try:
+        return "lorakit" in read_json(folder / MANIFEST)["versions"]
+    except (OSError, LorakitError, KeyError, TypeError):
+        return False
 
 
 def _clear(folder: Path) -> None:
@@ -173,9 +182,9 @@ def execute(
             check_free(folder, overwrite)
             with friendly_io(folder):
                 _clear(folder)
+                write_json(folder / MANIFEST, manifest)
                 (folder / "checkpoints").mkdir()
                 (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
-            write_json(folder / MANIFEST, manifest)
         loop = Loop(
             prepared.model, prepared.scorer, prepared.data.rows, prepared.held_out.rows if prepared.held_out else (),
             recipe, folder / "checkpoints", watcher,
